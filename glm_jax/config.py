@@ -59,6 +59,7 @@ class Model:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     dtype: DType = "bfloat16"  # of activations and matmul inputs; parameters keep theirs, softmax, norms and router are float32
+    balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
     remat: Literal["none", "layer"] = "layer"
     implementation: str | None = None  # of the kernels; None: the best that applies
 
@@ -167,7 +168,6 @@ class Loss:
     """Weights of what is added to next-token cross-entropy (the MTP weight moves: see `Schedule`)."""
 
     sequence_balance: float = 1e-4
-    balance_on: Literal["unbiased", "biased"] = "unbiased"  # which top-k counts as f (spec section 2)
 
     def __post_init__(self):
         _require(self.sequence_balance >= 0, f"sequence_balance={self.sequence_balance} must not be negative")

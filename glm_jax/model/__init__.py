@@ -1,0 +1,11 @@
+"""The model: `forward` for trainer and sampler, `GLM` its parameters, `GLMModule` the Flax rim."""
+
+from glm_jax.model.cache import Cache
+from glm_jax.model.cache import empty as empty_cache
+from glm_jax.model.flax_module import GLMModule
+from glm_jax.model.glm import GLM, Aux, forward, head, hidden, init, router_bias, specs, unstack
+
+__all__ = [
+    "GLM", "Aux", "Cache", "GLMModule", "empty_cache", "forward", "head", "hidden", "init", "router_bias", "specs",
+    "unstack",
+]  # fmt: skip

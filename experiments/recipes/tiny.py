@@ -1,0 +1,52 @@
+"""GLM-4.5 in miniature: every part of the model and of both pre-training stages, on two CPU cores."""
+
+from glm_jax.config import Data, Loop, Mesh, Model, Optim, Run, Schedule, Stage, replace
+
+
+def tiny() -> Run:
+    """3.1 M parameters, 1 dense + 4 MoE layers + MTP, on the documents that come with Python; about ten minutes."""
+    model = Model(
+        V=2048, D=128, L=5, dense_layers=1, N=4, K=2, H=32, F=384, M=64, E=16, A=4,
+        max_positions=4096, rope_theta=1e4, dtype="float32", remat="none",
+    )  # fmt: skip
+    pretrain = (
+        Stage("stage1", 1_638_400, 256, 1e4, microbatch_rows=16, mixture={"general": 0.7, "code": 0.25, "math": 0.05}),
+        Stage("stage2", 1_228_800, 256, 1e4, microbatch_rows=16, mixture={"general": 0.15, "code": 0.65, "math": 0.2}),
+    )
+    midtrain = (
+        Stage(
+            "midtrain", 409_600, 1024, 1e6, microbatch_rows=4, mixture={"general": 0.2, "code": 0.6, "math": 0.2},
+            packing="best_fit", isolate=True, long_documents=True,
+        ),
+    )  # fmt: skip
+    return Run(
+        name="tiny",
+        model=model,
+        pretrain=pretrain,
+        midtrain=midtrain,
+        optim=Optim(ns_dtype="float32"),
+        schedule=Schedule(
+            peak_lr=1e-2, final_lr=1e-3, warmup_tokens=81_920, batch_tokens_start=4096, batch_tokens=8192,
+            batch_ramp_tokens=409_600, mtp_switch_tokens=1_638_400, bias_rate=1e-2, bias_freeze_tokens=1_638_400,
+        ),
+        data=Data(),
+        mesh=Mesh(),
+        loop=Loop(),
+    )  # fmt: skip
+
+
+def smoke() -> Run:
+    """`tiny` cut to about a minute: the same code for continuous integration."""
+    return replace(
+        tiny(),
+        **{
+            "name": "smoke",
+            "pretrain.0.tokens": 163_840,
+            "pretrain.1.tokens": 122_880,
+            "midtrain.0.tokens": 81_920,
+            "schedule.warmup_tokens": 16_384,
+            "schedule.batch_ramp_tokens": 40_960,
+            "schedule.mtp_switch_tokens": 163_840,
+            "schedule.bias_freeze_tokens": 163_840,
+        },
+    )

@@ -1,0 +1,83 @@
+"""Grouped-query attention with optional QK-norm and partial RoPE (GLM-4.5 report, section 2.1; spec 1.3)."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from glm_jax import mesh
+from glm_jax.config import Model
+from glm_jax.model import cache as kv
+from glm_jax.model.ops import rms_norm, rope, rotary_angles
+from glm_jax.spec import bias, norm, part, weight
+from pallas_kernels.attention import attention as attention_kernel
+
+
+@struct.dataclass
+class QKNorm:
+    q_H: Array = norm("H")
+    k_H: Array = norm("H")
+
+
+@struct.dataclass
+class QKVBias:
+    q_NH: Array = bias("N H")
+    k_KH: Array = bias("K H")
+    v_KH: Array = bias("K H")
+
+
+@struct.dataclass
+class Attention:
+    q_DNH: Array = weight("D -> N H")
+    k_DKH: Array = weight("D -> K H")
+    v_DKH: Array = weight("D -> K H")
+    o_NHD: Array = weight("N H -> D")
+    qkv_bias: QKVBias | None = part(QKVBias, when=lambda cfg: cfg.qkv_bias)
+    qk_norm: QKNorm | None = part(QKNorm, when=lambda cfg: cfg.qk_norm)  # Air has none
+
+
+@struct.dataclass
+class Places:
+    """Where tokens stand: position in their document, document in their row (0: padding), and RoPE's angles."""
+
+    positions_BT: Array
+    segments_BT: Array
+    cos_BTH: Array
+    sin_BTH: Array
+
+
+def places(cfg: Model, positions_BT: Array, segments_BT: Array) -> Places:
+    angles = rotary_angles(positions_BT, cfg.rotary, cfg.rope_theta)
+    return Places(positions_BT, segments_BT, jnp.cos(angles), jnp.sin(angles))
+
+
+def attention(
+    cfg: Model, p: Attention, x_BTD: Array, at: Places, cache: kv.Cache | None = None, layer: Array | int = 0
+) -> tuple[Array, kv.Cache | None]:
+    """Attend to this row's earlier tokens, or to the cache's where one is given (it comes back one layer longer)."""
+    q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, p.q_DNH)
+    k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, p.k_DKH)
+    v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, p.v_DKH)
+    if p.qkv_bias is not None:
+        q_BTNH, k_BTKH, v_BTKH = q_BTNH + p.qkv_bias.q_NH, k_BTKH + p.qkv_bias.k_KH, v_BTKH + p.qkv_bias.v_KH
+    if p.qk_norm is not None:  # after the bias, before RoPE, one scale for all heads
+        q_BTNH = rms_norm(q_BTNH, p.qk_norm.q_H, cfg.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, p.qk_norm.k_H, cfg.norm_eps)
+    q_BTNH, k_BTKH = (rope(z, at.cos_BTH, at.sin_BTH) for z in (q_BTNH, k_BTKH))
+
+    k_BSKH, v_BSKH, positions_BS, segments_BS = k_BTKH, v_BTKH, at.positions_BT, at.segments_BT
+    if cache is not None:
+        cache = kv.extend(cache, layer, k_BTKH, v_BTKH)
+        k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
+        positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
+
+    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments):
+        return attention_kernel(
+            q, k, v,
+            q_positions_BT=q_positions, k_positions_BS=k_positions,
+            q_segments_BT=q_segments, k_segments_BS=k_segments,
+            scale=cfg.H**-0.5, implementation=cfg.implementation,
+        )  # fmt: skip
+
+    attend = mesh.per_shard(attend, ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS"), "BTNH")
+    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, at.positions_BT, positions_BS, at.segments_BT, segments_BS)
+    return jnp.einsum("btnh,nhd->btd", y_BTNH, p.o_NHD), cache

@@ -1,0 +1,59 @@
+"""The key-value cache: what the model remembers of a row of tokens while it is sampled."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from glm_jax.config import Model
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of every decoder layer, filled from the left; each row has its own length.
+
+    `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
+    """
+
+    k_LBSKH: Array
+    v_LBSKH: Array
+    positions_BS: Array
+    segments_BS: Array
+    length_B: Array
+
+
+def empty(cfg: Model, rows: int, capacity: int) -> Cache:
+    """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype."""
+    shape = (cfg.L, rows, capacity, cfg.K, cfg.H)
+    slots = jnp.zeros((rows, capacity), jnp.int32)
+    return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), slots, slots, jnp.zeros(rows, jnp.int32))
+
+
+def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
+    """Write where the next tokens stand; the layers' keys and values follow with `extend`.
+
+    Real tokens (segment > 0) come first in each row; padding behind them is overwritten by the next call.
+    """
+    at = _slots(cache, positions_BT.shape[1])
+    return cache.replace(
+        positions_BS=cache.positions_BS.at[at].set(positions_BT, mode="drop"),
+        segments_BS=cache.segments_BS.at[at].set(segments_BT, mode="drop"),
+    )
+
+
+def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Cache:
+    """Write one layer's keys and values of the next tokens."""
+    at = (layer, *_slots(cache, k_BTKH.shape[1]))
+    return cache.replace(
+        k_LBSKH=cache.k_LBSKH.at[at].set(k_BTKH, mode="drop"),
+        v_LBSKH=cache.v_LBSKH.at[at].set(v_BTKH, mode="drop"),
+    )
+
+
+def advance(cache: Cache, segments_BT: Array) -> Cache:
+    """Count the real tokens that have been written."""
+    return cache.replace(length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+
+
+def _slots(cache: Cache, count: int) -> tuple[Array, Array]:
+    rows_B1 = jnp.arange(cache.length_B.shape[0])[:, None]
+    return rows_B1, cache.length_B[:, None] + jnp.arange(count)

@@ -1,0 +1,171 @@
+"""GLM-4.5: embedding, dense layers, MoE layers, head, and one layer that predicts a token further.
+
+`forward` is the one function that trainer and sampler call. Everything is a function of arrays; nothing is kept.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from glm_jax import mesh, spec
+from glm_jax.config import Model
+from glm_jax.model import cache as kv
+from glm_jax.model.attention import Places, places
+from glm_jax.model.blocks import DenseBlock, MoEBlock, block
+from glm_jax.model.moe import ROUTER_BIAS, Routing
+from glm_jax.model.mtp import MTP, mtp
+from glm_jax.model.ops import embed, rms_norm
+from glm_jax.spec import norm, part, weight
+
+
+@struct.dataclass
+class GLM:
+    """All parameters. Layers of a kind are stacked, or a tuple of single layers after `unstack`."""
+
+    embed_VD: Array = weight("V -> D", kind="embedding")
+    dense: DenseBlock | tuple | None = part(DenseBlock, stack=lambda cfg: cfg.dense_layers)
+    moe: MoEBlock | tuple | None = part(MoEBlock, stack=lambda cfg: cfg.moe_layers)
+    norm_D: Array = norm("D")
+    head_DV: Array = weight("D -> V", kind="head")
+    mtp: MTP | None = part(MTP, when=lambda cfg: cfg.mtp_layers > 0)
+
+
+@struct.dataclass
+class Aux:
+    """Beside the logits: expert load and balance loss per MoE layer (the MTP layer's last), the cache, hidden states."""
+
+    load_LE: Array
+    balance_L: Array
+    hidden_BTD: Array
+    mtp_hidden_BTD: Array | None
+    cache: kv.Cache | None
+
+
+def specs(cfg: Model) -> GLM:
+    """The model with a `Spec` in place of every array."""
+    return spec.declare(GLM, cfg)
+
+
+def init(cfg: Model, key: Array, dtype: Any = jnp.float32) -> tuple[GLM, Array]:
+    """(params, router_bias_LE). Under a mesh, call it inside jit with `mesh.shardings` as out_shardings."""
+    return spec.init(specs(cfg), key, cfg.init_std, dtype), router_bias(cfg)
+
+
+def router_bias(cfg: Model) -> Array:
+    """Zeros, float32: a row per MoE layer, the MTP layer's last."""
+    return jnp.zeros(ROUTER_BIAS.resolve(cfg, cfg.router_rows).shape, jnp.float32)
+
+
+def forward(
+    cfg: Model,
+    params: GLM,
+    router_bias_LE: Array,
+    ids_BT: Array,
+    *,
+    positions_BT: Array | None = None,
+    segments_BT: Array | None = None,
+    next_ids_BT: Array | None = None,
+    cache: kv.Cache | None = None,
+) -> tuple[Array, Aux]:
+    """Logits of the next token, float32 [B, T, V], and `Aux`.
+
+    positions_BT restart in every document of a packed row; segments_BT number the documents (0: padding). By default
+    a row is one document, continued from the cache if there is one. With next_ids_BT the MTP layer runs too.
+    """
+    aux = hidden(
+        cfg, params, router_bias_LE, ids_BT,
+        positions_BT=positions_BT, segments_BT=segments_BT, next_ids_BT=next_ids_BT, cache=cache,
+    )  # fmt: skip
+    return head(cfg, params, aux.hidden_BTD), aux
+
+
+def hidden(
+    cfg: Model,
+    params: GLM,
+    router_bias_LE: Array,
+    ids_BT: Array,
+    *,
+    positions_BT: Array | None = None,
+    segments_BT: Array | None = None,
+    next_ids_BT: Array | None = None,
+    cache: kv.Cache | None = None,
+) -> Aux:
+    """`forward` without the head: what a loss reads that never wants all logits at once."""
+    if segments_BT is None:
+        segments_BT = jnp.ones_like(ids_BT)
+    if positions_BT is None:
+        first_B1 = jnp.zeros_like(ids_BT[:, :1]) if cache is None else cache.length_B[:, None]
+        positions_BT = first_B1 + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
+    at = places(cfg, positions_BT, segments_BT)
+    if cache is not None:
+        cache = kv.place(cache, positions_BT, segments_BT)
+
+    table_VD = mesh.gather(params.embed_VD, specs(cfg).embed_VD, cfg.dtype)
+    x_BTD = embed(table_VD, ids_BT)
+    x_BTD, cache, _ = _layers(cfg, params.dense, None, x_BTD, at, cache, 0)
+    x_BTD, cache, routing = _layers(
+        cfg, params.moe, router_bias_LE[: cfg.moe_layers], x_BTD, at, cache, cfg.dense_layers
+    )
+    hidden_BTD = rms_norm(x_BTD, params.norm_D, cfg.norm_eps)
+
+    mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
+    if next_ids_BT is not None and params.mtp is not None:
+        mtp_hidden_BTD, last = mtp(cfg, params.mtp, router_bias_LE[-1], hidden_BTD, embed(table_VD, next_ids_BT), at)
+        routings.append(jax.tree.map(lambda z: z[None], last))
+    load_LE, balance_L = (
+        jnp.concatenate([getattr(r, name) for r in routings]) if routings else jnp.zeros((0, *tail))
+        for name, tail in (("load_E", (cfg.E,)), ("balance", ()))
+    )
+    return Aux(
+        load_LE, balance_L, hidden_BTD, mtp_hidden_BTD, kv.advance(cache, segments_BT) if cache is not None else None
+    )
+
+
+def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
+    """Logits, float32: the output matrix is shared by the main model and the MTP layer."""
+    head_DV = mesh.gather(params.head_DV, specs(cfg).head_DV, cfg.dtype)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def unstack(params: GLM) -> GLM:
+    """Layers as tuples: `forward` then runs them one by one. For decoding, where slicing a stack costs as much as
+    the layer itself."""
+
+    def split(stack: Any) -> tuple | None:
+        if stack is None:
+            return None
+        depth = jax.tree.leaves(stack)[0].shape[0]
+        return tuple(jax.tree.map(lambda w: w[i], stack) for i in range(depth))
+
+    return params.replace(dense=split(params.dense), moe=split(params.moe))
+
+
+def _layers(
+    cfg: Model, stack: Any, bias_LE: Array | None, x_BTD: Array, at: Places, cache: kv.Cache | None, first: int
+) -> tuple[Array, kv.Cache | None, Routing | None]:
+    """Run layers of one kind: scanned and rematerialised where stacked, one by one where not."""
+    if stack is None:
+        return x_BTD, cache, None
+
+    def step(carry, layer):
+        x_BTD, cache = carry
+        p, bias_E, number = layer
+        x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number)
+        return (x_BTD, cache), routing
+
+    if isinstance(stack, tuple):
+        routings = []
+        for i, p in enumerate(stack):
+            (x_BTD, cache), routing = step((x_BTD, cache), (p, None if bias_LE is None else bias_LE[i], first + i))
+            routings.append(routing)
+        return x_BTD, cache, jax.tree.map(lambda *z: jnp.stack(z), *routings)
+
+    if cfg.remat == "layer" and cache is None:
+        step = partial(jax.checkpoint, prevent_cse=False)(step)
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    (x_BTD, cache), routing = jax.lax.scan(step, (x_BTD, cache), (stack, bias_LE, first + jnp.arange(depth)))
+    return x_BTD, cache, routing

@@ -1,0 +1,99 @@
+"""Feed-forward layers: dense SwiGLU, and routed experts beside a shared one (GLM-4.5 report, section 2.1; spec 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from glm_jax.config import Model
+from glm_jax.model.ops import swiglu
+from glm_jax.parallel.expert import routed_experts
+from glm_jax.spec import part, state, weight
+
+ROUTER_BIAS = state("E")  # added to scores to choose experts, never to weigh them; moved by counts, never by a gradient
+
+
+@struct.dataclass
+class Dense:
+    gate_DF: Array = weight("D -> F")
+    up_DF: Array = weight("D -> F")
+    down_FD: Array = weight("F -> D")
+
+
+@struct.dataclass
+class Shared:
+    gate_DM: Array = weight("D -> M", kind="shared")
+    up_DM: Array = weight("D -> M", kind="shared")
+    down_MD: Array = weight("M -> D", kind="shared")
+
+
+@struct.dataclass
+class MoE:
+    router_DE: Array = weight("D -> E", kind="router", replicate="E")
+    gate_EDM: Array = weight("E | D -> M")
+    up_EDM: Array = weight("E | D -> M")
+    down_EMD: Array = weight("E | M -> D")
+    shared: Shared | None = part(Shared, when=lambda cfg: cfg.shared_experts > 0)
+
+
+@struct.dataclass
+class Routing:
+    """What one MoE layer did: tokens each expert got, and the sequence balance loss before its weight."""
+
+    load_E: Array
+    balance: Array
+
+
+def dense(p: Dense, x_BTD: Array) -> Array:
+    h_BTF = swiglu(jnp.einsum("btd,df->btf", x_BTD, p.gate_DF), jnp.einsum("btd,df->btf", x_BTD, p.up_DF))
+    return jnp.einsum("btf,fd->btd", h_BTF, p.down_FD)
+
+
+def shared(p: Shared, x_BTD: Array) -> Array:
+    h_BTM = swiglu(jnp.einsum("btd,dm->btm", x_BTD, p.gate_DM), jnp.einsum("btd,dm->btm", x_BTD, p.up_DM))
+    return jnp.einsum("btm,md->btd", h_BTM, p.down_MD)
+
+
+def moe(cfg: Model, p: MoE, bias_E: Array, x_BTD: Array, real_BT: Array) -> tuple[Array, Routing]:
+    """Routed experts plus the unscaled, ungated shared expert. `real_BT` is False on padding, which counts nowhere."""
+    scores_BTE = jax.nn.sigmoid(jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p.router_DE.astype(jnp.float32)))
+    experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E)
+    y_BTD = routed_experts(x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD)
+    if p.shared is not None:
+        y_BTD = y_BTD + shared(p.shared, x_BTD)
+
+    counted_BTE = chosen_BTE
+    if cfg.balance_on == "unbiased":
+        counted_BTE = _chosen(cfg, jax.lax.top_k(scores_BTE, cfg.A)[1])
+    load_E = jnp.sum(chosen_BTE * real_BT[..., None], axis=(0, 1))
+    return y_BTD, Routing(load_E, balance_loss(cfg, scores_BTE, counted_BTE, real_BT))
+
+
+def choose(cfg: Model, scores_BTE: Array, bias_E: Array) -> tuple[Array, Array, Array]:
+    """Top-A of score + bias; weights are the chosen scores, normalised and scaled, without the bias.
+
+    Returns experts_BTA (int32), chosen_BTE (1 where chosen, float32) and weights_BTA (float32).
+    """
+    experts_BTA = jax.lax.top_k(scores_BTE + bias_E, cfg.A)[1]
+    onehot_BTAE = jax.nn.one_hot(experts_BTA, cfg.E)  # a sum, not a gather: no index crosses devices
+    picked_BTA = jnp.sum(onehot_BTAE * scores_BTE[:, :, None, :], axis=-1)
+    weights_BTA = cfg.routed_scale * picked_BTA / (jnp.sum(picked_BTA, axis=-1, keepdims=True) + 1e-20)
+    return experts_BTA, jnp.sum(onehot_BTAE, axis=2), weights_BTA
+
+
+def balance_loss(cfg: Model, scores_BTE: Array, counted_BTE: Array, real_BT: Array) -> Array:
+    """Mean over rows of sum_i f_i P_i (spec 2): f the share of choices times E, P the mean normalised score.
+
+    A "sequence" is a training row. The gradient flows through P alone; rows of padding only do not count.
+    """
+    real_BT1 = real_BT[..., None].astype(jnp.float32)
+    tokens_B1 = jnp.sum(real_BT1, axis=1)
+    share_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
+    P_BE = jnp.sum(share_BTE * real_BT1, axis=1) / jnp.maximum(tokens_B1, 1)
+    f_BE = jnp.sum(counted_BTE * real_BT1, axis=1) * cfg.E / (cfg.A * jnp.maximum(tokens_B1, 1))
+    rows = jnp.maximum(jnp.sum(tokens_B1 > 0), 1)
+    return jnp.sum(jax.lax.stop_gradient(f_BE) * P_BE) / rows
+
+
+def _chosen(cfg: Model, experts_BTA: Array) -> Array:
+    return jnp.sum(jax.nn.one_hot(experts_BTA, cfg.E), axis=2)

@@ -1,0 +1,40 @@
+"""The multi-token-prediction layer: from a token's hidden state and the next token, the one after (spec 1.5)."""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from glm_jax import mesh
+from glm_jax.config import Model
+from glm_jax.model.attention import Places
+from glm_jax.model.blocks import MoEBlock, block
+from glm_jax.model.moe import Routing
+from glm_jax.model.ops import rms_norm
+from glm_jax.spec import norm, part, weight
+
+
+@struct.dataclass
+class MTP:
+    embed_norm_D: Array = norm("D")
+    hidden_norm_D: Array = norm("D")
+    project_UD: Array = weight("U -> D")
+    block: MoEBlock = part(MoEBlock)
+    norm_D: Array = norm("D")
+
+
+def mtp(
+    cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, at: Places
+) -> tuple[Array, Routing]:
+    """Hidden states that the shared head reads as the token after next.
+
+    hidden_BTD is the main model's, after its final norm; next_BTD embeds the next token of each position.
+    """
+    project_UD = mesh.gather(p.project_UD, MTP_PROJECT.resolve(cfg, None), cfg.dtype)
+    u_BTU = jnp.concatenate(
+        [rms_norm(next_BTD, p.embed_norm_D, cfg.norm_eps), rms_norm(hidden_BTD, p.hidden_norm_D, cfg.norm_eps)], axis=-1
+    )
+    g_BTD, _, routing = block(cfg, p.block, bias_E, jnp.einsum("btu,ud->btd", u_BTU, project_UD), at)
+    return rms_norm(g_BTD, p.norm_D, cfg.norm_eps), routing
+
+
+MTP_PROJECT = MTP.__dataclass_fields__["project_UD"].metadata["spec"]

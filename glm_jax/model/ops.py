@@ -1,0 +1,37 @@
+"""Small pure functions that every layer uses. Arrays and numbers in, arrays out."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from glm_jax import mesh
+
+
+def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
+    """RMSNorm over the last dimension: computed in float32, cast back to x's dtype, then scaled (spec 1.3)."""
+    x32 = x_BTD.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def rotary_angles(positions_BT: Array, rotary: int, theta: float) -> Array:
+    """Angle of each rotated pair, float32 [B, T, rotary/2]: position * theta^(-2j/rotary)."""
+    frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
+    return positions_BT[..., None].astype(jnp.float32) * frequency
+
+
+def rope(z_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
+    """Rotate the first dims of every head, half-split: dim i pairs with i + rotary/2 (spec 1.3); the rest pass."""
+    half = cos_BTH.shape[-1]
+    cos, sin = (a[:, :, None, :].astype(z_BTNH.dtype) for a in (cos_BTH, sin_BTH))
+    first, second, rest = z_BTNH[..., :half], z_BTNH[..., half : 2 * half], z_BTNH[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def embed(table_VD: Array, ids_BT: Array) -> Array:
+    """Rows of the table. The table is gathered first, so that the look-up is local to each device."""
+    return table_VD.at[ids_BT].get(out_sharding=mesh.out_sharding("BTD"))

@@ -1,0 +1,45 @@
+"""Packages and dependencies of glm-jax; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="glm-jax",
+    version="0.1.0",
+    description="GLM-4.5-class mixture-of-experts models in JAX, from raw documents to a trained model",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["glm_jax*", "pallas_kernels*", "experiments*"]),
+    package_data={"glm_jax": ["py.typed"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "grain>=0.2.18",
+        "orbax-checkpoint>=0.12",
+        "tokenizers>=0.23",
+        "jaxtyping>=0.3",
+        "tyro>=1.0",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "numpy>=2.0",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "pyright>=1.1.400",
+            "import-linter>=2.1",
+            "pre-commit>=4.0",
+            "jupytext>=1.16",
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
+        ],
+        "oracle": ["torch>=2.13", "transformers>=5.23,<6"],
+    },
+)
