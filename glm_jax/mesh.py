@@ -77,6 +77,11 @@ def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, at_rest(spec)), specs)
 
 
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Layout of a stack of microbatches [C, B, T]: rows split over every axis."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+
 def active() -> bool:
     """Whether a mesh is set (`jax.set_mesh`)."""
     return not jax.sharding.get_abstract_mesh().empty

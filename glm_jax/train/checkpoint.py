@@ -1,0 +1,122 @@
+"""Checkpoints with orbax: a step is committed whole or not at all, and found again after any interruption.
+
+A stage's folder holds `run.json` (the run's canonical configuration and the stage's name) and `checkpoints/<step>`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from glm_jax import config, mesh, model
+from glm_jax.config import ConfigError, Model, Run, from_canonical
+from glm_jax.train.state import State
+
+RUN_FILE = "run.json"
+
+
+class Checkpoints:
+    """The checkpoints of one stage's folder. Saving is asynchronous; `close` waits for what is under way."""
+
+    def __init__(self, folder: Path, keep: int | None = None):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """The last committed step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Write `state` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """The state of `step` in the layout of `like` (arrays or shapes with shardings), and its meta."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored["state"], restored["meta"]
+
+    def restore_params(self, step: int, cfg: Model) -> tuple[model.GLM, jax.Array]:
+        """Parameters and router bias alone, on the mesh that is set or the default device; the optimizer's state is
+        never read."""
+        like = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
+        wanted = {"params": like[0], "router_bias_LE": like[1]}
+        if mesh.active():
+            specs, here = model.specs(cfg), jax.sharding.get_mesh()
+            wanted["params"] = jax.tree.map(
+                lambda z, sharding: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=sharding),
+                wanted["params"], mesh.shardings(here, specs),
+            )  # fmt: skip
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True))
+        state = self._manager.restore(step, args=args)["state"]
+        return state["params"], state["router_bias_LE"]
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "w") as f:
+        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def save_run(folder: Path, run: Run, stage: str, data: Path) -> None:
+    """Write what made this folder, so that a later stage, `chat` or a notebook needs nothing but its path."""
+    described = {"run": config.canonical(run), "fingerprint": config.fingerprint(run), "stage": stage}
+    write_json(folder / RUN_FILE, {**described, "data": os.path.relpath(data, folder)})
+
+
+def load_run(folder: Path) -> tuple[Run, str, Path]:
+    """(run, stage name, data folder) of a stage's folder."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        raise ConfigError(f"{folder} has no {RUN_FILE}; give a folder that experiments.pretrain or midtrain wrote")
+    saved = read_json(path)
+    return from_canonical(saved["run"]), saved["stage"], (folder / saved["data"]).resolve()
+
+
+def stage_folder(path: Path) -> Path:
+    """The stage folder that `path` means: itself, or the latest stage with a checkpoint inside a run's folder."""
+    if (path / RUN_FILE).exists():
+        return path
+    stages = [child.parent for child in path.glob(f"*/{RUN_FILE}") if _steps(child.parent)]
+    if not stages:
+        raise ConfigError(f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages")
+    return max(stages, key=lambda folder: _steps(folder)[-1])
+
+
+def load_params(path: Path) -> tuple[Run, model.GLM, jax.Array, Path]:
+    """(run, params, router_bias_LE, data folder) of the last checkpoint under `path`; run.model has the stage's RoPE base."""
+    folder = stage_folder(Path(path))
+    run, stage, data = load_run(folder)
+    steps = _steps(folder)
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint yet")
+    theta = next(s.rope_theta for s in run.stages if s.name == stage)
+    run = config.replace(run, **{"model.rope_theta": theta})
+    checkpoints = Checkpoints(folder)
+    params, router_bias_LE = checkpoints.restore_params(steps[-1], run.model)
+    checkpoints.close()
+    return run, params, router_bias_LE, data
+
+
+def _steps(folder: Path) -> list[int]:
+    """Committed steps, without opening a manager: orbax writes under another name and renames when all is there."""
+    return sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())

@@ -1,0 +1,212 @@
+"""The training loop of one stage: plan, restore, step, log one step late, checkpoint, evaluate."""
+
+import dataclasses
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from glm_jax import config, mesh, model
+from glm_jax.config import ConfigError, Run, Stage
+from glm_jax.data.input import Rows
+from glm_jax.optim import optimizer, schedule
+from glm_jax.train import checkpoint, metrics, state
+from glm_jax.train.step import Knobs, train_step
+
+Evaluate = Callable[[config.Model, model.GLM, jax.Array], dict[str, float]]
+RESULT_FILE = "result.json"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message has the step and the last good checkpoint."""
+
+
+def train_stage(
+    run: Run, stage: Stage, out: Path, data: Path, *, start: Path | None = None, evaluate: Evaluate | None = None
+) -> dict[str, Any]:
+    """Train `stage` of `run` in the folder `out` on the rows of `data`, and return its result (also `result.json`).
+
+    Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else from scratch.
+    Killed at any moment and called again, it ends in the same bits.
+    """
+    if (out / RESULT_FILE).exists():
+        return checkpoint.read_json(out / RESULT_FILE)
+    device_mesh = mesh.make(run.mesh)
+    cfg = config.replace(run.model, rope_theta=stage.rope_theta)
+    specs = model.specs(cfg)
+    mesh.check(device_mesh, specs, stage.microbatch_rows)
+    tx = optimizer(run.optim, specs)
+    checkpoint.save_run(out, run, stage.name, data)
+    with jax.set_mesh(device_mesh):
+        trainer = _Trainer(run, stage, cfg, tx, out, Rows(data / stage.name, stage, run.loop.seed))
+        try:
+            trainer.restore(start)
+            return trainer.train(evaluate)
+        finally:
+            trainer.close()
+
+
+class _Trainer:
+    """A stage under way: what must be closed, and what a checkpoint holds beside the state."""
+
+    def __init__(self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Rows):
+        self.run, self.stage, self.cfg, self.tx, self.out = run, stage, cfg, tx, out
+        self.plan = schedule.Plan(run, stage)
+        self.checkpoints = checkpoint.Checkpoints(out, keep=run.loop.keep_checkpoints)
+        self.batches = iter(rows)
+        self.log: metrics.Log | None = None
+        self.seconds = 0.0
+
+    def restore(self, start: Path | None) -> None:
+        """Find where to begin: this stage's last checkpoint, an earlier stage's, or fresh weights."""
+        step = self.checkpoints.latest()
+        if step is not None:
+            self.state, meta = self.checkpoints.restore(step, state.abstract(self.cfg, self.tx))
+            self.batches.set_state(meta["data"])
+            self.seconds = meta["seconds"]
+        elif start is not None:
+            self.state = _from_stage(self.run, self.cfg, self.tx, start)
+        else:
+            self.state = state.create(self.cfg, self.tx, self.run.loop.seed)
+        self.step = int(self.state.step)
+        expected = self.plan.first if step is None else step
+        if self.step != expected:
+            raise ConfigError(
+                f"stage {self.stage.name} begins at step {expected}, but the checkpoint is of step {self.step}; "
+                "the earlier stages' tokens or batch sizes have changed: give the settings they were trained with"
+            )
+
+    def train(self, evaluate: Evaluate | None) -> dict[str, Any]:
+        resumed = self.checkpoints.latest()
+        self.log = metrics.Log(self.out, -1 if resumed is None else self.step, self.stage.tokens, self.stage.name)
+        begun = time.monotonic() - self.seconds
+        if resumed is None:
+            self.log.event("run", self.step, **_describe(self.run, self.stage))
+            self._evaluate(evaluate, "start")
+        pending = None
+        for planned in self.plan.steps(self.step):
+            batch, knobs = self._batch(planned.microbatches), _knobs(planned)
+            self.state, fetched = train_step(
+                self.state, batch, knobs, cfg=self.cfg, tx=self.tx, sequence_balance=self.run.loss.sequence_balance
+            )
+            pending = self._report(pending)
+            pending = (planned, fetched, time.monotonic())
+            self.step = planned.index + 1
+            self.seconds = time.monotonic() - begun
+            last = self.step == self.plan.last
+            if self.step % self.run.loop.checkpoint_every == 0 or last:
+                pending = self._report(pending)  # a state is saved only once its loss is known to be finite
+                self._save()
+            elif self.run.loop.eval_every and self.step % self.run.loop.eval_every == 0:
+                self._evaluate(evaluate, "during")
+        self._evaluate(evaluate, "end")
+        return self._finish(time.monotonic() - begun)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.batches.close()
+        if self.log:
+            self.log.close()
+
+    def _batch(self, count: int) -> dict[str, jax.Array]:
+        """`count` microbatches, stacked and padded to the most that any step of the stage has: one compiled shape."""
+        micro = [next(self.batches) for _ in range(count)]
+        empty = {name: np.zeros_like(z) for name, z in micro[0].items()}
+        micro += [empty] * (self.plan.most_microbatches - count)
+        place = mesh.batch_sharding(jax.sharding.get_mesh())
+        return {name: jax.device_put(np.stack([m[name] for m in micro]), place) for name in empty}
+
+    def _report(self, pending: tuple | None) -> None:
+        """Fetch and log a step that has been dispatched; stop at a loss that is no number."""
+        if pending is None:
+            return
+        planned, fetched, dispatched = pending
+        values = jax.device_get(fetched)
+        step = planned.index + 1
+        record = {name: float(value) for name, value in values.items() if name != "load_LE"}
+        record |= {"step": step, "stage": self.stage.name, "lr": planned.lr, "batch_tokens": planned.tokens}
+        record |= {"tokens_seen": planned.tokens_before + planned.tokens, "mtp_weight": planned.mtp_weight}
+        record |= {"seconds": round(self.seconds, 3), "dispatched": round(dispatched, 3)}
+        record |= metrics.load_record(values["load_LE"])
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+            raise NonFiniteLoss(
+                f"loss {record['loss']} and gradient norm {record['gradient_norm']} at step {step} of {self.stage.name}; "
+                f"the last good checkpoint is step {self.checkpoints.latest()}: lower schedule.peak_lr, or resume from it"
+            )
+        assert self.log is not None
+        self.log.step(record, record["tokens_seen"] - self.run.tokens_before(self.stage.name))
+
+    def _save(self) -> None:
+        meta = {"data": self.batches.get_state(), "seconds": self.seconds, "stage": self.stage.name}
+        self.checkpoints.save(self.step, self.state, meta)
+
+    def _evaluate(self, evaluate: Evaluate | None, when: str) -> None:
+        assert self.log is not None
+        done = [r["when"] for r in metrics.read(self.log.path, "eval")]
+        if evaluate is None or (when in done and when != "during"):
+            return
+        values = evaluate(self.cfg, self.state.params, self.state.router_bias_LE)
+        self.log.event("eval", self.step, when=when, bits_per_byte=values)
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        self.checkpoints.wait()
+        evals = {r["when"]: r["bits_per_byte"] for r in metrics.read(self.out / "log.jsonl", "eval")}
+        result = {
+            "name": self.stage.name, "seconds": round(seconds, 2), "tokens": self.plan.tokens,
+            "tokens_per_second": round(self.plan.tokens / seconds, 1), "steps": self.plan.last - self.plan.first,
+            "start": evals.get("start", {}), "end": evals.get("end", {}),
+        }  # fmt: skip
+        checkpoint.write_json(self.out / RESULT_FILE, result)
+        return result
+
+
+def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, start: Path) -> state.State:
+    """The last state of an earlier stage's folder, after checking that it is of the same shape."""
+    saved, _, _ = checkpoint.load_run(start)
+    shapes = {path: both for path, both in config.diff(run.model, saved.model).items() if path in _SHAPE_FIELDS}
+    if shapes or saved.optim != run.optim:
+        differ = shapes | config.diff(run.optim, saved.optim)
+        told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
+        raise ConfigError(f"the checkpoint in {start} is of another shape: {told}; give the same settings, or another --from")
+    before = checkpoint.Checkpoints(start)
+    try:
+        step = before.latest()
+        if step is None:
+            raise ConfigError(f"{start} holds no checkpoint; run that stage first")
+        return before.restore(step, state.abstract(cfg, tx))[0]
+    finally:
+        before.close()
+
+
+_SHAPE_FIELDS = tuple("VDLNKHFMEA") + ("dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
+
+
+def _knobs(planned: schedule.Step) -> Knobs:
+    values = (planned.lr, planned.mtp_weight, planned.bias_rate)
+    return Knobs(*(jnp.float32(v) for v in values), microbatches=jnp.int32(planned.microbatches))
+
+
+def _describe(run: Run, stage: Stage) -> dict[str, Any]:
+    """The first record of a log: what ran, from which commit, on what."""
+    return {
+        "fingerprint": config.fingerprint(run),
+        "recipe": run.name,
+        "stage": dataclasses.asdict(stage),
+        "commit": _commit(),
+        "devices": [str(d) for d in jax.devices()],
+        "jax": jax.__version__,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, if it is a git checkout."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
