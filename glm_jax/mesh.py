@@ -82,6 +82,26 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
+def shapes(specs: Any, dtype: Any) -> Any:
+    """`jax.ShapeDtypeStruct` for every weight of `specs`, laid out at rest where a mesh is set."""
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=at_rest(spec) if active() else None), specs
+    )
+
+
+def on_devices(structs: Any) -> Any:
+    """`structs`, as `jax.eval_shape` returns them, with shardings on the devices of the mesh that is set."""
+    if not active():
+        return structs
+    there = jax.sharding.get_mesh()
+
+    def place(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        layout = s.sharding.spec if s.sharding else PartitionSpec()
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(there, layout))
+
+    return jax.tree.map(place, structs)
+
+
 def active() -> bool:
     """Whether a mesh is set (`jax.set_mesh`)."""
     return not jax.sharding.get_abstract_mesh().empty
@@ -105,6 +125,16 @@ def gather(params: Any, specs: Any, dtype: Any) -> Any:
     return jax.tree.map(use, specs, params)
 
 
+def whole(x: Array, spec: Spec) -> Array:
+    """A weight-shaped `x` with every matrix whole on its device: its batch letters take the axes that divide them."""
+    return jax.sharding.reshard(x, _whole(spec, x.shape)) if active() else x
+
+
+def rest(x: Array, spec: Spec) -> Array:
+    """A weight-shaped `x` back in its layout between steps."""
+    return jax.sharding.reshard(x, at_rest(spec)) if active() else x
+
+
 def constrain(x: Array, dims: str) -> Array:
     """`x` in the layout of an activation named `dims`."""
     return jax.sharding.reshard(x, activation(dims)) if active() else x
@@ -124,3 +154,14 @@ def per_shard(fn: Callable, ins: Sequence[str], out: str) -> Callable:
 
 def _layout(spec: Spec, rules: dict[str, str]) -> PartitionSpec:
     return PartitionSpec(*(None if letter in spec.replicate else rules.get(letter) for letter in spec.dims))
+
+
+def _whole(spec: Spec, shape: tuple[int, ...]) -> PartitionSpec:
+    free, layout, sizes = list(AXES), dict.fromkeys(spec.dims, ()), dict(zip(spec.dims, shape, strict=True))
+    for letter, axis in (("E", EXPERT), ("L", "fsdp"), ("E", "fsdp")):
+        if letter not in spec.batch or axis not in free:
+            continue
+        if sizes[letter] % math.prod(map(axis_size, (*layout[letter], axis))) == 0:
+            layout[letter] += (axis,)
+            free.remove(axis)
+    return PartitionSpec(*(layout[letter] or None for letter in spec.dims))

@@ -1,0 +1,117 @@
+"""Muon in Moonlight's form, as an optax transform that reads each weight's matrix from its declaration.
+
+    M <- mu M + G;   U <- G + mu M;   update = update_rms * sqrt(max(rows, cols)) * NS(U)
+
+(spec section 4.2). The matrix of a `Spec` has all its ins as rows and all its outs as columns; batch letters, the
+layer stack among them, count independent matrices. Under a mesh a matrix is whole on its device while it is
+orthogonalised, and the momentum lies where its weight lies.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from glm_jax import mesh
+from glm_jax.config import DType
+from glm_jax.spec import Spec
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+HEADS = "NK"
+
+
+class MuonState(NamedTuple):
+    momentum: Any  # float32, a tree like the parameters'
+
+
+def newton_schulz(x_BPQ: Array, steps: int = 5, dtype: DType = "float32") -> Array:
+    """Each P-by-Q matrix with its singular values pushed towards one (the quintic leaves them in about 0.7..1.2).
+
+    Any number of batch dimensions. Products take `dtype` in and accumulate in float32; the result has `dtype`.
+    """
+    return _iterate(_unit(x_BPQ, (-2, -1)).astype(dtype), steps)
+
+
+def scale_by_muon(
+    specs: Any,
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_dtype: DType = "bfloat16",
+    update_rms: float = 0.2,
+    split_heads: bool = False,
+) -> optax.GradientTransformation:
+    """Orthogonalised momentum for every array of `specs`, a tree like the parameters' with a `Spec` for each.
+
+    The result is an ascent direction: subtract it, times the learning rate. `split_heads` treats every head of the
+    attention projections as a matrix of its own, its scale included. Leaves that `optax.partition` masks pass by.
+    """
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jax.tree.map(lambda w: jnp.zeros_like(w, dtype=jnp.float32), params))
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        new = jax.tree.map(lambda g, m: momentum * m + g.astype(jnp.float32), grads, state.momentum)
+        ahead = jax.tree.map(lambda g, m: g.astype(jnp.float32) + momentum * m, grads, new) if nesterov else new
+
+        def direction(spec: Spec, u: Any) -> Any:
+            if isinstance(u, optax.MaskedNode):
+                return u
+            return update_rms * orthogonal(spec, u, ns_steps, ns_dtype, split_heads)
+
+        return jax.tree.map(direction, specs, ahead), MuonState(new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal(spec: Spec, u: Array, steps: int, dtype: DType, split_heads: bool) -> Array:
+    """sqrt(max(rows, cols)) * NS of each of the weight's matrices: entries of RMS about one, float32."""
+    batch, ins, outs = _axes(spec, split_heads)
+    order = batch + ins + outs
+    rows, cols = (math.prod(u.shape[i] for i in axes) for axes in (ins, outs))
+
+    x = mesh.whole(_unit(u, ins + outs).astype(dtype), spec)
+    x_BPQ = x.transpose(order).reshape(*(u.shape[i] for i in batch), rows, cols)
+    x_BPQ = _iterate(x_BPQ, steps)
+    x = x_BPQ.reshape([u.shape[i] for i in order]).transpose([order.index(i) for i in range(u.ndim)])
+    return math.sqrt(max(rows, cols)) * mesh.rest(x, spec).astype(jnp.float32)
+
+
+def _axes(spec: Spec, split_heads: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Positions of the batch, of the matrix's rows and of its columns in the weight's array."""
+    heads = HEADS if split_heads else ""
+    places = {letter: i for i, letter in enumerate(spec.dims)}
+    batch = spec.batch + "".join(letter for letter in spec.ins + spec.outs if letter in heads)
+    ins, outs = ("".join(letter for letter in side if letter not in heads) for side in (spec.ins, spec.outs))
+    return tuple(tuple(places[letter] for letter in letters) for letters in (batch, ins, outs))  # type: ignore[return-value]
+
+
+def _unit(x: Array, axes: tuple[int, ...]) -> Array:
+    """`x` over its Frobenius norm along the axes of its matrices, float32: in range for any dtype."""
+    x = x.astype(jnp.float32)
+    return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) + 1e-7)
+
+
+def _iterate(x_BPQ: Array, steps: int) -> Array:
+    """`steps` times x <- a x + (b A + c A A) x with A = x x^T, on the side where A is smaller."""
+    a, b, c = COEFFICIENTS
+    dtype = x_BPQ.dtype
+    tall = x_BPQ.shape[-2] > x_BPQ.shape[-1]
+    x_BPQ = jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
+    for _ in range(steps):
+        gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
+        low_BPP = gram_BPP.astype(dtype)
+        poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
+        x_BPQ = (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
+    return jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
+
+
+def _product(subscripts: str, x: Array, y: Array) -> Array:
+    # float32 means float32 on hardware whose default would round the inputs
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
