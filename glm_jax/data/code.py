@@ -1,0 +1,177 @@
+"""What is special about code: fill in the middle, and repositories as one text in dependency order.
+
+GLM-4.5 publishes neither rate nor format of its FIM objective (spec section 5): half of the chosen documents take
+CodeGeeX4's order, suffix first, half begin with the prefix; the cuts fall between characters.
+"""
+
+import ast
+from collections import defaultdict
+
+from glm_jax.data.document import unit
+
+FIM_SUFFIX_FIRST = ("<|code_suffix|>", "<|code_prefix|>", "<|code_middle|>")
+FIM_PREFIX_FIRST = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")
+
+
+def fill_in_the_middle(text: str, *keys: object) -> list[tuple[str, str]]:
+    """(special token, text that follows it) in the order a model reads them. Cuts and order are a pure function of the keys."""
+    first, second = sorted(int(unit("cut", i, *keys) * (len(text) + 1)) for i in (0, 1))
+    part = {
+        "<|code_prefix|>": text[:first],
+        "<|code_middle|>": text[first:second],
+        "<|code_suffix|>": text[second:],
+    }
+    order = FIM_SUFFIX_FIRST if unit("order", *keys) < 0.5 else FIM_PREFIX_FIRST
+    return [(token, part[token]) for token in order]
+
+
+def pieces(text: str, max_chars: int) -> list[str]:
+    """The text in pieces of at most `max_chars`, cut before a line, rather one at the left margin; a longer line is a piece."""
+    if len(text) <= max_chars:
+        return [text]
+    found, current, size, margin = [], [], 0, 0
+    for line in text.splitlines(keepends=True):
+        if current and size + len(line) > max_chars:
+            keep = margin if margin else len(current)
+            found.append("".join(current[:keep]))
+            current = current[keep:]
+            size, margin = sum(map(len, current)), 0
+            if current and size + len(line) > max_chars:
+                found.append("".join(current))
+                current, size = [], 0
+        if current and line[:1].strip() and line[0] not in ")]}#":
+            margin = len(current)
+        current.append(line)
+        size += len(line)
+    return [*found, "".join(current)]
+
+
+def concatenate(files: dict[str, str]) -> str:
+    """The files (path -> text) as one text in dependency order, each under a comment with its path."""
+    return "\n".join(f"# {path}\n{files[path]}" for path in dependency_order(files))
+
+
+def dependency_order(files: dict[str, str]) -> list[str]:
+    """Paths so that a file comes after those it imports.
+
+    DeepSeek-Coder's algorithm 1: in each connected component take again and again the file with the fewest imports
+    still missing, which tolerates cycles; ties fall to the smaller path. Files that are not Python have no edges.
+    """
+    needs = imports(files)
+    order = []
+    for component in _components(needs):
+        missing = {path: set(needs[path]) for path in component}
+        users = defaultdict(set)
+        for path, wanted in missing.items():
+            for other in wanted:
+                users[other].add(path)
+        while missing:
+            path = min(missing, key=lambda p: (len(missing[p]), p))
+            del missing[path]
+            order.append(path)
+            for user in users[path]:
+                if user in missing:
+                    missing[user].discard(path)
+    return order
+
+
+def imports(files: dict[str, str]) -> dict[str, set[str]]:
+    """Path -> paths of the files it needs when it is imported.
+
+    Names re-exported by a package's `__init__` count for the module that defines them; imports inside functions or
+    under TYPE_CHECKING and imports of the package's own root are left out (they would close cycles).
+    """
+    path_of = {_module(path): path for path in sorted(files) if path.endswith(".py")}
+    statements = {name: _import_statements(files[path], path, path_of) for name, path in path_of.items()}
+    exports = {name: {alias: (base, item) for base, item, alias in found} for name, found in statements.items()}
+    needs: dict[str, set[str]] = {path: set() for path in files}
+    for name, path in path_of.items():
+        for base, item, _ in statements[name]:
+            target = _defining_module(base, item, exports)
+            own_root = target is not None and f"{name}.".startswith(f"{target}.")
+            if target is not None and not own_root:
+                needs[path].add(path_of[target])
+    return needs
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _above(base: str, item: str | None, path: str, path_of: dict[str, str]) -> str:
+    """`base` under the folder above `path` where Python's search path would find it: the topmost that has such a module."""
+    folders = path.split("/")[:-1]
+    for depth in range(len(folders) + 1):
+        name = ".".join([*folders[:depth], base])
+        if name in path_of or f"{name}.{item}" in path_of:
+            return name
+    return base
+
+
+def _import_statements(text: str, path: str, path_of: dict[str, str]) -> list[tuple[str, str | None, str]]:
+    """(module, name in it or None, name here) of the imports that run when the file is imported."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return []
+    package = path.split("/")[:-1]
+    found = []
+    waiting: list[ast.stmt] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.append((_above(alias.name, None, path, path_of), None, alias.asname or alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                here = base if node.level else _above(base, alias.name, path, path_of)
+                found.append((here, alias.name, alias.asname or alias.name))
+        elif isinstance(node, ast.If):
+            guarded = "TYPE_CHECKING" in ast.unparse(node.test)
+            waiting += node.orelse if guarded else node.body + node.orelse
+        elif isinstance(node, ast.Try):
+            waiting += node.body + node.orelse + node.finalbody + [s for h in node.handlers for s in h.body]
+        elif isinstance(node, (ast.With, ast.ClassDef)):
+            waiting += node.body
+    return found
+
+
+def _defining_module(base: str, item: str | None, exports: dict[str, dict]) -> str | None:
+    """The module of the repository that `from base import item` (or `import base`) needs; None if it is not of the repository."""
+    for _ in range(8):  # a chain of re-exports longer than this is a cycle
+        if item is not None and f"{base}.{item}" in exports:
+            return f"{base}.{item}"
+        if base not in exports:
+            return None
+        origin, origin_item = exports[base].get(item, ("", None))
+        if origin not in exports and f"{origin}.{origin_item}" not in exports:
+            return base
+        base, item = origin, origin_item
+    return base
+
+
+def _components(needs: dict[str, set[str]]) -> list[list[str]]:
+    """Connected components, each sorted, in the order of their smallest path."""
+    neighbours: dict[str, set[str]] = defaultdict(set)
+    for path, wanted in needs.items():
+        for other in wanted:
+            neighbours[path].add(other)
+            neighbours[other].add(path)
+    seen: set[str] = set()
+    components = []
+    for start in sorted(needs):
+        if start in seen:
+            continue
+        component, waiting = [], [start]
+        seen.add(start)
+        while waiting:
+            path = waiting.pop()
+            component.append(path)
+            for other in neighbours[path] - seen:
+                seen.add(other)
+                waiting.append(other)
+        components.append(sorted(component))
+    return components

@@ -1,0 +1,117 @@
+"""What every data step hands to the next: documents, and files that appear whole or not at all."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+DOMAINS = ("general", "code", "math")
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message says what, why and the way out; scripts print it without a traceback."""
+
+
+class Progress(Protocol):
+    """Called with the step's name and how much of it is done."""
+
+    def __call__(self, step: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from.
+
+    `group` is what is held out as a whole (a module, a package, a page); `repo` names the repository of a code file
+    and `path` is its path there, never a path of this machine. `bucket` is the quality bucket, lowest 0, -1 unscored.
+    """
+
+    id: str  # of the text alone: equal texts have equal ids
+    text: str
+    domain: str
+    source: str
+    path: str
+    group: str
+    repo: str | None = None
+    bucket: int = -1
+
+    @classmethod
+    def of(cls, text: str, **fields: Any) -> "Document":
+        return cls(id=digest(text)[:16], text=text, **fields)
+
+    @property
+    def stdlib_module(self) -> bool:
+        return self.source == "stdlib"
+
+    @property
+    def size(self) -> int:
+        """Bytes of UTF-8."""
+        return len(self.text.encode())
+
+
+def digest(text: str) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def unit(*keys: object) -> float:
+    """A number in [0, 1) that is a pure function of the keys: the same on every machine and in every process."""
+    return int(digest("\x1f".join(map(str, keys)))[:13], 16) / 16**13
+
+
+def write(path: Path, text: str) -> None:
+    """Write the file whole or not at all: a killed writer leaves the old file, or none."""
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when the block ends well."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
+    """One JSON object a line, in the given order, with `stdlib_module` spelt out for readers without this class."""
+    lines = [
+        json.dumps({**vars(document), "stdlib_module": document.stdlib_module}, ensure_ascii=False) + "\n"
+        for document in documents
+    ]
+    write(path, "".join(lines))
+
+
+def read_documents(path: Path) -> list[Document]:
+    """Documents of a file of `write_documents`."""
+    documents = []
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            fields = json.loads(line)
+            del fields["stdlib_module"]
+            documents.append(Document(**fields))
+    return documents
+
+
+@contextlib.contextmanager
+def explained(what: Path) -> Iterator[None]:
+    """Turn the operating system's refusals about the folder `what` into a `DataError`."""
+    try:
+        yield
+    except OSError as error:
+        ways_out = {
+            errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on where it stopped",
+            errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+            errno.EACCES: "permission denied; choose a folder you may write",
+            errno.EROFS: "the file system is read-only; choose another folder",
+            errno.ENOTDIR: "a part of the path is a file; choose another folder",
+            errno.EEXIST: "it exists and is not a folder; choose another name",
+        }
+        if error.errno not in ways_out:
+            raise
+        raise DataError(f"{error.filename or what}: {ways_out[error.errno]}") from error

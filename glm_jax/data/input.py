@@ -1,0 +1,126 @@
+"""Microbatches of a prepared stage: a grain dataset over the rows of its plan.
+
+The position is one number, so resuming is exact and instant, and does not depend on workers. Reading happens in the
+calling thread: a row is a few slices of a memory-mapped file, and grain's threads cost more than they bring on few cores.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from glm_jax.config import Stage
+from glm_jax.data.document import DataError
+from glm_jax.data.packing import LOOKAHEAD, Plan
+
+Batch = dict[str, np.ndarray]
+
+
+class Rows:
+    """Rows of a stage by index, as arrays of `seq_len` (see `assemble`). A grain source."""
+
+    def __init__(self, folder: Path, stage: Stage):
+        folder = Path(folder) / stage.name
+        facts = _facts(folder)
+        if facts["seq_len"] != stage.seq_len or facts["packing"] != stage.packing:
+            raise DataError(
+                f"{folder} was prepared with seq_len={facts['seq_len']} packing={facts['packing']}, the run asks for "
+                f"seq_len={stage.seq_len} packing={stage.packing}; prepare the data again into another folder"
+            )
+        self.facts = facts
+        self._stage = stage
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._offsets = np.load(folder / "offsets.npy")
+        self._plan = Plan(np.load(folder / "segments.npy", mmap_mode="r"), np.load(folder / "row_starts.npy"))
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        begins, ends = self._offsets[:-1], self._offsets[1:]
+        pieces = []
+        for document, start, length in self._plan.row(int(index)):
+            begin = begins[document] + start
+            pieces.append((self._tokens[begin : min(begin + length + LOOKAHEAD, ends[document])], int(length)))
+        return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
+
+
+def assemble(pieces: list[tuple[np.ndarray, int]], seq_len: int, isolate: bool, end: int) -> Batch:
+    """One row from (tokens of a document with up to two beyond the piece, length of the piece).
+
+    Isolated: positions restart and targets stay inside the document, also beyond the piece. Otherwise the row is one
+    text, whose last tokens may reach into pieces beyond `seq_len`. Padding holds `end`, segment 0 and weight 0.
+    """
+    width = seq_len + LOOKAHEAD
+    ids = np.full(width, end, np.int32)
+    segments = np.zeros(width, np.int32)
+    positions = np.arange(width, dtype=np.int32)
+    ahead = {1: np.full(width, end, np.int32), 2: np.full(width, end, np.int32)}
+    weight = {1: np.zeros(width, np.float32), 2: np.zeros(width, np.float32)}
+    at = 0
+    for number, (tokens, length) in enumerate(pieces, start=1):
+        here = slice(at, at + length)
+        ids[here] = tokens[:length]
+        segments[here] = number if isolate else 1
+        if isolate:
+            positions[here] = np.arange(length)
+            for shift in (1, 2):
+                known = tokens[shift : length + shift]
+                ahead[shift][at : at + len(known)] = known
+                weight[shift][at : at + len(known)] = 1
+        at += length
+    if isolate:
+        positions[at:] = 0
+    else:
+        for shift in (1, 2):
+            ahead[shift][:-shift] = ids[shift:]
+            weight[shift][:-shift] = segments[shift:]
+    row = {
+        "ids": ids, "targets": ahead[1], "weights": weight[1], "mtp_targets": ahead[2], "mtp_weights": weight[2],
+        "positions": positions, "segments": segments,
+    }  # fmt: skip
+    return {name: array[:seq_len] for name, array in row.items()}
+
+
+class Microbatches:
+    """Endless microbatches [microbatch_rows, seq_len] of a stage: the rows shuffled by `seed`, anew in each pass over them."""
+
+    def __init__(self, folder: Path, stage: Stage, seed: int = 0):
+        self.rows = Rows(folder, stage)
+        dataset = grain.MapDataset.source(self.rows).shuffle(seed=seed).repeat().batch(stage.microbatch_rows)
+        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._identity = f"{self.rows.facts['key']}/{seed}/{stage.microbatch_rows}"
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-ready: what `set_state` takes to go on with the microbatch that would come next."""
+        return {"microbatch": self._iterator.get_state()["next_index"], "rows": self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position of the same data, seed and microbatch size; DataError for another."""
+        if state["rows"] != self._identity:
+            raise DataError(
+                f"the input position belongs to rows {state['rows']}, this is {self._identity} (data/seed/microbatch_rows); "
+                "go on with the data, seed and microbatch size that the checkpoint was made with"
+            )
+        self._iterator.set_state({"next_index": int(state["microbatch"])})
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    if not (folder.parent / "manifest.json").is_file():
+        raise DataError(f"{folder.parent} is no finished data folder; make it with python -m experiments.data --out {folder.parent}")
+    if not (folder / "stage.json").is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/stage.json"))
+        raise DataError(f"{folder.parent} has no stage {folder.name!r}; it has {', '.join(known)}")
+    return json.loads((folder / "stage.json").read_text(encoding="utf-8"))

@@ -1,0 +1,232 @@
+"""Documents that every machine with Python has, and the user's own folders. Files are parsed, never imported.
+
+The standard library is the code domain: its packages are repositories, its modules single files. Topics of `pydoc`,
+docstrings and readme pages are the general domain; docstrings with LaTeX are mathematics (design notes, data 1.5).
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from glm_jax.data.document import DataError, Document
+
+# Packages that this project installs: distribution -> module. Of the first all long docstrings are taken, of the second LaTeX ones.
+PROSE = {"numpy": "numpy", "flax": "flax", "optax": "optax", "grain": "grain", "jinja2": "jinja2", "tqdm": "tqdm", "tyro": "tyro"}
+MATHS = {"scipy": "scipy", "jax": "jax", "matplotlib": "matplotlib", "tensorboardX": "tensorboardX"}
+
+EXTENSIONS: dict[str, str] = {
+    **dict.fromkeys((".txt", ".md", ".rst"), "general"),
+    **dict.fromkeys((".tex",), "math"),
+    **dict.fromkeys((".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".rs", ".java", ".js", ".ts"), "code"),
+    **dict.fromkeys((".sh", ".rb", ".jl", ".lua", ".sql", ".kt", ".scala", ".swift", ".hs", ".ml"), "code"),
+}
+
+LATEX = re.compile(r":math:|\.\. math::|\\(?:frac|sum|int|sqrt|mathbb|mathrm|begin|alpha|left)\b|\$\$")
+_GENERATED = re.compile(r"generated (from|by|with)|do not edit", re.IGNORECASE)
+_SHORTEST = 64  # characters of a document
+_SHORTEST_DOCSTRING = 200
+_SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__|node_modules|\.[^/]+)(/|$)")
+
+
+def builtin(drops: Counter[str]) -> Iterator[Document]:
+    """Standard library, topics, docstrings and readme pages. Counts what it leaves out in `drops`, by reason."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    yield from _standard_library(root, drops)
+    yield from _topics(root / "pydoc_data" / "topics.py", drops)
+    for distribution, module in (PROSE | MATHS).items():
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            drops["package not installed"] += 1
+            continue
+        package = Path(next(iter(spec.submodule_search_locations)))
+        for path in _files(package, ".py"):
+            name = f"{module}/{path.relative_to(package).as_posix()}"
+            yield from _docstrings(path, name, f"api:{name}", drops, latex_only=distribution in MATHS)
+        yield from _readme(distribution, drops)
+
+
+def environment() -> dict[str, str]:
+    """Versions that decide what `builtin` yields and how it is cut."""
+    versions = {"python": platform.python_version()}
+    for distribution in PROSE | MATHS | {"tokenizers": ""}:
+        try:
+            versions[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            versions[distribution] = "absent"
+    return versions
+
+
+def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document]:
+    """Documents of a user's folder: domain by extension; code below a subfolder belongs to that repository."""
+    found = 0
+    for path in list_folder(root):
+        domain = EXTENSIONS.get(path.suffix.lower())
+        if domain is None:
+            drops["unknown extension"] += 1
+            continue
+        text = _read(path, drops)
+        if text is None or not _usable(text, domain == "code", drops):
+            continue
+        if domain == "general" and LATEX.search(text):
+            domain = "math"
+        relative = path.relative_to(root)
+        name = f"{root.name}/{relative.as_posix()}"
+        repo = f"{root.name}/{relative.parts[0] if len(relative.parts) > 1 else '.'}" if domain == "code" else None
+        found += 1
+        for number, piece in enumerate(cut(text, max_bytes)):
+            label = name if number == 0 else f"{name}#{number}"
+            yield Document.of(
+                piece, domain=domain, source=f"folder:{root.name}", path=label, group=f"folder:{repo or name}", repo=repo
+            )
+    if not found:
+        raise DataError(f"{root}: no usable text; files need one of these extensions and UTF-8: {' '.join(sorted(EXTENSIONS))}")
+
+
+def list_folder(root: Path) -> list[Path]:
+    """Files below `root` in the order of their names, hidden ones and caches left out; DataError if it cannot be read."""
+    if not root.is_dir():
+        raise DataError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; give --data.paths folders of text or code")
+    try:
+        next(iter(root.iterdir()), None)
+        files = [path for path in root.rglob("*") if path.is_file()]
+    except PermissionError as error:
+        raise DataError(f"{error.filename or root} cannot be read; change its permissions or leave it out of --data.paths") from error
+    files = [path for path in files if not re.search(r"(^|/)(\.[^/]+|__pycache__|node_modules)(/|$)", path.relative_to(root).as_posix())]
+    if not files:
+        raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out of --data.paths")
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def cut(text: str, max_bytes: int) -> list[str]:
+    """Pieces of at most about `max_bytes`, cut at line ends where lines allow it."""
+    if len(text.encode()) <= max_bytes:
+        return [text]
+    pieces, size = [[]], 0
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), max_bytes):
+            part = line[start : start + max_bytes]
+            width = len(part.encode())
+            if size and size + width > max_bytes:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(part)
+            size += width
+    return ["".join(piece) for piece in pieces]
+
+
+def _files(root: Path, suffix: str) -> list[Path]:
+    found = (path for path in root.rglob("*" + suffix) if not _SKIPPED.search(path.relative_to(root).as_posix()))
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _read(path: Path, drops: Counter[str]) -> str | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        drops["unreadable file"] += 1
+        return None
+    if b"\0" in data:
+        drops["binary file"] += 1
+        return None
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError:
+        drops["undecodable bytes"] += 1
+        return None
+
+
+def _usable(text: str, code: bool, drops: Counter[str]) -> bool:
+    """Rules of StarCoder's kind: too little text, generated code, long lines, tables of numbers."""
+    if len(text.strip()) < _SHORTEST:
+        drops["too short"] += 1
+        return False
+    lines = text.splitlines()
+    if code and _GENERATED.search(text, 0, 600):
+        drops["generated code"] += 1
+        return False
+    if code and (len(text) / len(lines) > 100 or max(map(len, lines)) > 1000):
+        drops["long lines"] += 1
+        return False
+    if sum(map(str.isalpha, text)) < 0.4 * (len(text) - text.count(" ") - text.count("\n")):
+        drops["hardly any letters"] += 1
+        return False
+    return True
+
+
+def _standard_library(root: Path, drops: Counter[str]) -> Iterator[Document]:
+    for path in _files(root, ".py"):
+        name = path.relative_to(root).as_posix()
+        top = name.split("/")[0]
+        is_module = "/" not in name
+        if name.startswith("pydoc_data/") or not (is_module or (root / top / "__init__.py").exists()):
+            continue
+        text = _read(path, drops)
+        if text is None or not _usable(text, True, drops):
+            continue
+        group = f"module:{top.removesuffix('.py')}" if is_module else f"package:{top}"
+        yield Document.of(text, domain="code", source="stdlib", path=name, group=group, repo=None if is_module else top)
+        yield from _docstrings(path, name, group, drops)
+
+
+def _topics(path: Path, drops: Counter[str]) -> Iterator[Document]:
+    if not path.is_file():
+        drops["pydoc topics not installed"] += 1
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Dict):
+            for topic, text in ast.literal_eval(node).items():
+                if _usable(text, False, drops):
+                    yield Document.of(text, domain="general", source="topics", path=f"topics/{topic}", group=f"topic:{topic}")
+            return
+
+
+def _readme(distribution: str, drops: Counter[str]) -> Iterator[Document]:
+    text = importlib.metadata.metadata(distribution).get_payload()
+    if isinstance(text, str) and _usable(text, False, drops):
+        domain = "math" if LATEX.search(text) else "general"
+        yield Document.of(text, domain=domain, source="readme", path=f"readme/{distribution}", group=f"readme:{distribution}")
+
+
+def _docstrings(path: Path, name: str, group: str, drops: Counter[str], latex_only: bool = False) -> Iterator[Document]:
+    """One page a docstring: the qualified name with its signature, then the text."""
+    text = _read(path, drops)
+    if text is None or '"""' not in text or (latex_only and not LATEX.search(text)):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(text)
+    except SyntaxError:
+        drops["unparsable file"] += 1
+        return
+    source = "docstrings:" + (name.split("/")[0] if group.startswith("api:") else "stdlib")
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for title, page in _pages(tree, module):
+        domain = "math" if LATEX.search(page) else "general"
+        if len(page) >= _SHORTEST_DOCSTRING and (domain == "math" or not latex_only):
+            label = f"{name}:{title.split('(')[0]}"
+            yield Document.of(f"{title}\n\n{page}\n", domain=domain, source=source, path=label, group=group)
+
+
+def _pages(node: ast.AST, qualified: str) -> Iterator[tuple[str, str]]:
+    """(title, docstring) of a module, class or function and of what it defines; also texts given to `add_newdoc`."""
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        page = ast.get_docstring(node)
+        if page is not None:
+            yield qualified + (f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""), page.strip()
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            for child in node.body:
+                yield from _pages(child, f"{qualified}.{getattr(child, 'name', '')}")
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        call = node.value
+        if isinstance(call.func, ast.Name) and call.func.id == "add_newdoc":
+            strings = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            if len(strings) == len(call.args) >= 2:
+                yield ".".join(strings[:-1]), ast.literal_eval(call.args[-1]).strip()

@@ -1,0 +1,207 @@
+"""From documents to the rows of one training stage: which documents, how often, FIM, packing."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.config import Data, Stage
+from glm_jax.data import code, mixture, packing
+from glm_jax.data.document import DOMAINS, Document, unit
+from glm_jax.text.tokenizer import Tokenizer
+
+_CHUNK_CHARS = 1 << 20  # text given to the tokenizer at a time
+_FIM_ROW_SHARE = 0.5  # of a row: the size of the pieces that a long file is cut into for FIM
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token arrays end to end: item i is `flat[offsets[i]:offsets[i + 1]]`."""
+
+    flat: np.ndarray  # uint16, or uint32 for more than 65,536 rows of vocabulary
+    offsets: np.ndarray  # int64
+
+    @classmethod
+    def of(cls, items: Sequence[np.ndarray], dtype: np.dtype) -> "Tokens":
+        offsets = np.concatenate([[0], np.cumsum([len(item) for item in items], dtype=np.int64)]).astype(np.int64)
+        return cls(np.concatenate(items).astype(dtype) if items else np.zeros(0, dtype), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def save(self, folder: Path) -> None:
+        np.save(folder / "tokens.npy", self.flat)
+        np.save(folder / "offsets.npy", self.offsets)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokens":
+        return cls(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "offsets.npy"))
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def encode_all(texts: Sequence[str], tokenizer: Tokenizer, progress: Callable[[int, int], None]) -> list[np.ndarray]:
+    """Ids of every text, without an end token. `progress` gets characters done and in all."""
+    dtype, total = id_dtype(tokenizer.vocab_size), sum(map(len, texts))
+    encoded, begin, done = [], 0, 0
+    while begin < len(texts):
+        end, size = begin, 0
+        while end < len(texts) and (end == begin or size + len(texts[end]) <= _CHUNK_CHARS):
+            size += len(texts[end])
+            end += 1
+        encoded += [np.array(ids, dtype) for ids in tokenizer.encode_batch(texts[begin:end])]
+        begin, done = end, done + size
+        progress(done, total)
+    return encoded
+
+
+def usable(documents: list[Document], data: Data) -> list[Document]:
+    """Documents of the buckets that are read at all."""
+    return [document for document in documents if data.bucket_epochs[document.bucket] > 0]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage's rows, and what is worth telling about them."""
+
+    tokens: Tokens
+    plan: packing.Plan
+    facts: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        self.tokens.save(folder)
+        np.save(folder / "segments.npy", self.plan.segments)
+        np.save(folder / "row_starts.npy", self.plan.row_starts)
+
+
+def build(
+    stage: Stage, data: Data, documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, progress: Callable[[int, int], None]
+) -> Prepared:
+    """Rows of `stage` from training documents and their tokens (each ended), as a pure function of the arguments."""
+    if stage.long_documents:
+        documents, tokens = _with_repositories(documents, tokens, tokenizer)
+    pool = mixture.Pool(
+        [d.id for d in documents], [d.domain for d in documents], [d.bucket for d in documents], tokens.lengths
+    )
+    counts = mixture.passes(pool, mixture.epochs(pool, stage, data.bucket_epochs), data.seed, stage.name)
+    instances = mixture.order(counts, data.seed)
+    used = np.flatnonzero(counts)
+    place = {int(document): index for index, document in enumerate(used)}
+    rewritten = _fill_in_the_middle(stage, data.seed, documents, tokens, instances, tokenizer, progress)
+    items = [tokens[int(document)] for document in used]
+    stream: list[int] = []  # items in the order of reading
+    for instance, (document, _) in enumerate(instances):
+        if instance in rewritten:
+            stream += range(len(items), len(items) + len(rewritten[instance]))
+            items += rewritten[instance]
+        else:
+            stream.append(place[int(document)])
+    stored = Tokens.of(items, id_dtype(tokenizer.vocab_size))
+    lengths = stored.lengths[stream]
+    if stage.packing == "truncate":
+        plan = packing.truncate(lengths, stage.seq_len, rows=-(-stage.tokens // stage.seq_len))
+    else:
+        plan = packing.best_fit(lengths, stage.seq_len)
+    plan.segments[:, 0] = np.array(stream, np.int64)[plan.segments[:, 0]]
+    return Prepared(stored, plan, _facts(stage, documents, counts, tokens, lengths, plan, len(rewritten)))
+
+
+def _with_repositories(documents: list[Document], tokens: Tokens, tokenizer: Tokenizer) -> tuple[list[Document], Tokens]:
+    """Files of a repository become one document in dependency order; the others stay."""
+    single = [index for index, document in enumerate(documents) if document.repo is None]
+    files: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        if document.repo is not None:
+            files[document.repo].append(document)
+    repositories = []
+    for name in sorted(files):
+        text = code.concatenate({file.path: file.text for file in files[name]})
+        bucket = round(sum(file.bucket * file.size for file in files[name]) / sum(file.size for file in files[name]))
+        first = files[name][0]
+        repositories.append(
+            Document.of(text, domain="code", source="repository:" + first.source, path=name, group=first.group, bucket=bucket)
+        )
+    encoded = encode_all([repository.text for repository in repositories], tokenizer, lambda done, total: None)
+    items = [tokens[index] for index in single] + [np.append(ids, ids.dtype.type(tokenizer.end)) for ids in encoded]
+    return [documents[index] for index in single] + repositories, Tokens.of(items, id_dtype(tokenizer.vocab_size))
+
+
+def _fill_in_the_middle(
+    stage: Stage, seed: int, documents: list[Document], tokens: Tokens, instances: np.ndarray, tokenizer: Tokenizer,
+    progress: Callable[[int, int], None],
+) -> dict[int, list[np.ndarray]]:  # fmt: skip
+    """Instance -> its FIM texts, for `fim_rate` of the passes over code, chosen by hash.
+
+    A file longer than a row is first cut at line ends into pieces of half a row, each a FIM text of its own, except
+    in a stage of long documents, where it stays whole and plain.
+    """
+    parts: list[tuple[int, int, str, str]] = []  # instance, piece, special token, text
+    for instance, (index, number) in enumerate(instances):
+        document, length = documents[index], int(tokens.lengths[index])
+        if document.domain != "code" or unit("fim", seed, stage.name, document.id, number) >= stage.fim_rate:
+            continue
+        found = [document.text]
+        if length + 3 > stage.seq_len:
+            if stage.long_documents:
+                continue
+            found = code.pieces(document.text, int(stage.seq_len * _FIM_ROW_SHARE * len(document.text) / length))
+        for piece, text in enumerate(found):
+            keys = (seed, stage.name, document.id, number, piece)
+            parts += [(instance, piece, token, part) for token, part in code.fill_in_the_middle(text, *keys)]
+    encoded = encode_all([part[3] for part in parts], tokenizer, progress)
+    end = np.array([tokenizer.end], id_dtype(tokenizer.vocab_size))
+    rewritten: dict[int, list[np.ndarray]] = defaultdict(list)
+    for begin in range(0, len(parts), 3):
+        joined = [
+            piece
+            for (_, _, token, _), ids in zip(parts[begin : begin + 3], encoded[begin : begin + 3], strict=True)
+            for piece in (end.dtype.type([tokenizer.id(token)]), ids)
+        ]
+        rewritten[parts[begin][0]].append(np.concatenate([*joined, end]))
+    return rewritten
+
+
+def _facts(
+    stage: Stage, documents: list[Document], counts: np.ndarray, tokens: Tokens, lengths: np.ndarray, plan: packing.Plan, fim: int
+) -> dict[str, Any]:
+    read: Counter[str] = Counter()
+    by_bucket: dict[str, Counter[int]] = {name: Counter() for name in DOMAINS}
+    size_of_bucket: dict[str, Counter[int]] = {name: Counter() for name in DOMAINS}
+    for document, count, length in zip(documents, counts.tolist(), tokens.lengths.tolist(), strict=True):
+        read[document.domain] += count * length
+        by_bucket[document.domain][document.bucket] += count * length
+        size_of_bucket[document.domain][document.bucket] += length
+    overlap = packing.LOOKAHEAD * len(plan) if stage.packing == "truncate" else 0
+    placed = int(plan.segments[:, 2].sum()) - overlap
+    return {
+        **{field: getattr(stage, field) for field in ("name", "seq_len", "packing", "long_documents", "fim_rate")},
+        "rows": len(plan),
+        "tokens": placed,
+        "padding": round(1 - placed / max(len(plan) * stage.seq_len, 1), 6),
+        "passes_over_documents": int(counts.sum()),
+        "passes_with_fim": fim,
+        "texts_cut": int(sum(lengths > stage.seq_len)) if stage.packing == "best_fit" else max(len(plan) - 1, 0),
+        "tokens_by_domain": {name: read[name] for name in DOMAINS},
+        "epochs_by_bucket": {
+            name: {str(b): round(by_bucket[name][b] / n, 3) for b, n in sorted(size_of_bucket[name].items())} for name in DOMAINS
+        },
+    }
+
+
+def restated(stage: Stage) -> dict[str, Any]:
+    """The fields of a stage that decide its rows."""
+    kept = ("name", "tokens", "seq_len", "mixture", "packing", "fim_rate", "long_documents")
+    return {name: value for name, value in dataclasses.asdict(stage).items() if name in kept}
