@@ -67,7 +67,7 @@ def attention(
     k_BSKH, v_BSKH, positions_BS, segments_BS = k_BTKH, v_BTKH, at.positions_BT, at.segments_BT
     if cache is not None:
         cache = kv.extend(cache, layer, k_BTKH, v_BTKH)
-        k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
+        k_BSKH, v_BSKH = kv.read(cache, layer)
         positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
 
     def attend(q, k, v, q_positions, k_positions, q_segments, k_segments):

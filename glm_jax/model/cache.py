@@ -11,21 +11,29 @@ from glm_jax.config import Model
 class Cache:
     """Keys and values of every decoder layer, filled from the left; each row has its own length.
 
+    Heads stand before slots, as the products of attention read them. The layers are one array, or a tuple of one each
+    where the parameters are unstacked: a step then reads and writes them in place.
     `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
     """
 
-    k_LBSKH: Array
-    v_LBSKH: Array
+    k_LBKSH: Array | tuple[Array, ...]
+    v_LBKSH: Array | tuple[Array, ...]
     positions_BS: Array
     segments_BS: Array
     length_B: Array
 
 
-def empty(cfg: Model, rows: int, capacity: int) -> Cache:
-    """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype."""
-    shape = (cfg.L, rows, capacity, cfg.K, cfg.H)
+def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True) -> Cache:
+    """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype; `stacked` as the parameters are."""
+    shape = (rows, cfg.K, capacity, cfg.H)
     slots = jnp.zeros((rows, capacity), jnp.int32)
-    return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype), slots, slots, jnp.zeros(rows, jnp.int32))
+
+    def layers() -> Array | tuple[Array, ...]:
+        if stacked:
+            return jnp.zeros((cfg.L, *shape), cfg.dtype)
+        return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.L))
+
+    return Cache(layers(), layers(), slots, slots, jnp.zeros(rows, jnp.int32))
 
 
 def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
@@ -42,11 +50,20 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
 
 def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Cache:
     """Write one layer's keys and values of the next tokens."""
-    at = (layer, *_slots(cache, k_BTKH.shape[1]))
-    return cache.replace(
-        k_LBSKH=cache.k_LBSKH.at[at].set(k_BTKH, mode="drop"),
-        v_LBSKH=cache.v_LBSKH.at[at].set(v_BTKH, mode="drop"),
-    )
+    rows_B1, slots_BT = _slots(cache, k_BTKH.shape[1])
+
+    def write(old: Array | tuple, new_BTKH: Array) -> Array | tuple:
+        if isinstance(old, tuple):
+            new_BKSH = old[layer].at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+            return (*old[:layer], new_BKSH, *old[layer + 1 :])
+        return old.at[layer, rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+
+    return cache.replace(k_LBKSH=write(cache.k_LBKSH, k_BTKH), v_LBKSH=write(cache.v_LBKSH, v_BTKH))
+
+
+def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
+    """One layer's keys and values, [B, S, K, H]."""
+    return cache.k_LBKSH[layer].swapaxes(1, 2), cache.v_LBKSH[layer].swapaxes(1, 2)
 
 
 def advance(cache: Cache, segments_BT: Array) -> Cache:
