@@ -1,21 +1,25 @@
 """Losses as pure functions of arrays. A training loss is a sum of components, each over its own global token count."""
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
+from glm_jax import mesh
+from pallas_kernels.cross_entropy import linear_cross_entropy
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """Negative log-likelihood of each target in nats, float32 [B, T].
 
-    The target's logit is picked by a masked sum, not a gather, so that V may be split over devices.
+def next_token(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, implementation: str | None = None
+) -> tuple[Array, Array]:
+    """(sum over all devices of weight * negative log-likelihood, log-probability of each target), float32, nats.
+
+    The sum is differentiable; a target of weight 0 adds nothing. Divide by the weights' global sum for a mean.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
-    target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
+    def local(hidden_BTD, head_DV, targets_BT, weights_BT):
+        x_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        loss, log_prob_X = linear_cross_entropy(
+            x_XD, mesh.vary(head_DV), targets_BT.reshape(-1), weights_BT.reshape(-1), implementation=implementation
+        )
+        return mesh.total(loss), log_prob_X.reshape(targets_BT.shape)
 
-def weighted_sum(values_BT: Array, weights_BT: Array) -> Array:
-    """Sum of values where weights count; a value of weight 0 never reaches the sum, not even as a NaN."""
-    return jnp.sum(jnp.where(weights_BT != 0, values_BT * weights_BT, 0))
+    run = mesh.per_shard(local, ("BTD", "DV", "BT", "BT"), ("", "BT"))
+    return run(hidden_BTD, head_DV, targets_BT, weights_BT)

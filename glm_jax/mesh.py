@@ -145,11 +145,21 @@ def out_sharding(dims: str) -> PartitionSpec | None:
     return activation(dims) if active() else None
 
 
-def per_shard(fn: Callable, ins: Sequence[str], out: str) -> Callable:
-    """`fn` on each device's rows: activations named by `ins` in, one named `out` back. What kernels run inside."""
+def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
+    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back. Kernels run inside."""
     if not active():
         return fn
-    return jax.shard_map(fn, in_specs=tuple(activation(dims) for dims in ins), out_specs=activation(out))
+    return jax.shard_map(fn, in_specs=tuple(map(activation, ins)), out_specs=jax.tree.map(activation, outs))
+
+
+def vary(w: Array) -> Array:
+    """Inside `per_shard`: a replicated input of a kernel, so that its gradient is summed over the devices."""
+    return jax.lax.pcast(w, BATCH, to="varying") if active() else w
+
+
+def total(x: Array) -> Array:
+    """Inside `per_shard`: the sum over all devices."""
+    return jax.lax.psum(x, BATCH) if active() else x
 
 
 def _layout(spec: Spec, rules: dict[str, str]) -> PartitionSpec:

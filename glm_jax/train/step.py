@@ -38,10 +38,12 @@ def loss_fn(
         positions_BT=batch["positions"], segments_BT=batch["segments"], next_ids_BT=batch["targets"],
     )  # fmt: skip
 
+    head_DV = model.output_matrix(cfg, params)
+
     def component(hidden_BTD: Array, name: str) -> Array:
-        nll_BT = losses.cross_entropy(model.head(cfg, params, hidden_BTD), batch[f"{name}targets"])
-        weights_BT = batch[f"{name}weights"]
-        return losses.weighted_sum(nll_BT, weights_BT) / jnp.maximum(totals[f"{name}weights"], 1)
+        targets_BT, weights_BT = batch[f"{name}targets"], batch[f"{name}weights"]
+        total, _ = losses.next_token(hidden_BTD, head_DV, targets_BT, weights_BT, cfg.implementation)
+        return total / jnp.maximum(totals[f"{name}weights"], 1)
 
     main = component(aux.hidden_BTD, "")
     mtp = component(aux.mtp_hidden_BTD, "mtp_") if aux.mtp_hidden_BTD is not None else jnp.zeros(())
