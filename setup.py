@@ -1,15 +1,20 @@
 """Packages and dependencies of glm-jax; tool settings live in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="glm-jax",
     version="0.1.0",
     description="GLM-4.5-class mixture-of-experts models in JAX, from raw documents to a trained model",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "pallas_kernels*", "experiments*"]),
-    package_data={"glm_jax": ["py.typed"]},
+    package_data={"": ["py.typed", "*.jinja", "*.html", "tuned/*.json"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",
@@ -33,13 +38,13 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "ruff>=0.8",
-            "pyright>=1.1.400",
-            "import-linter>=2.1",
+            "pyright[nodejs]>=1.1.400",  # brings its own node: no other install, nothing fetched when it runs
+            "import-linter>=2.6",
             "pre-commit>=4.0",
             "jupytext>=1.16",
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
-        "oracle": ["torch>=2.13", "transformers>=5.23,<6"],
+        "oracle": ["torch>=2.13", "transformers>=5.23,<6"],  # what parity tests and bench_hf compare with
     },
 )

@@ -35,7 +35,7 @@ From = Annotated[
 ]  # the type of a field `from_`: the option --from
 
 
-def main(script: Callable[..., None], argv: Sequence[str] | None = None) -> NoReturn:
+def main(script: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line for `script`, call it, and leave with an exit code; a user's error is one message."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -53,7 +53,7 @@ def main(script: Callable[..., None], argv: Sequence[str] | None = None) -> NoRe
     sys.exit(0)
 
 
-def parse(script: Callable[..., None], argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(script: Callable[..., Any], argv: Sequence[str]) -> tuple[Any, ...]:
     """The arguments of `script` from the command line: (args,) or (args, run).
 
     Prints help or a tyro message with the nearest option and exits (0 or 2); raises ConfigError for an unknown recipe.
@@ -177,7 +177,7 @@ def _shown(value: Any) -> str:
 def _explain(error: Exception) -> tuple[int | None, str]:
     """(exit code, message) of an error that the user can act on; (None, "") of one that needs its traceback."""
     if isinstance(error, ConfigError):
-        return USER_ERROR, str(error)
+        return FAILURE if _disk_full(error) else USER_ERROR, str(error)
     if _disk_full(error):
         return (
             FAILURE,
