@@ -14,7 +14,7 @@ FIM_PREFIX_FIRST = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")
 
 
 def fill_in_the_middle(text: str, *keys: object) -> list[tuple[str, str]]:
-    """(special token, text that follows it) in the order a model reads them. Cuts and order are a pure function of the keys."""
+    """(special token, text after it) in the order of reading. Cuts and order are a pure function of the keys."""
     first, second = sorted(int(unit("cut", i, *keys) * (len(text) + 1)) for i in (0, 1))
     part = {
         "<|code_prefix|>": text[:first],
@@ -26,7 +26,7 @@ def fill_in_the_middle(text: str, *keys: object) -> list[tuple[str, str]]:
 
 
 def pieces(text: str, max_chars: int) -> list[str]:
-    """The text in pieces of at most `max_chars`, cut before a line, rather one at the left margin; a longer line is a piece."""
+    """The text in pieces of at most `max_chars`, cut before a line, if possible one at the left margin."""
     if len(text) <= max_chars:
         return [text]
     found, current, size, margin = [], [], 0, 0
@@ -48,7 +48,13 @@ def pieces(text: str, max_chars: int) -> list[str]:
 
 def concatenate(files: dict[str, str]) -> str:
     """The files (path -> text) as one text in dependency order, each under a comment with its path."""
-    return "\n".join(f"# {path}\n{files[path]}" for path in dependency_order(files))
+    return "".join(header + files[path] for header, path in arranged(files))
+
+
+def arranged(files: dict[str, str]) -> list[tuple[str, str]]:
+    """(what stands before the file, path) in the order of `concatenate`."""
+    order = dependency_order(files)
+    return [(f"# {path}\n" if place == 0 else f"\n# {path}\n", path) for place, path in enumerate(order)]
 
 
 def dependency_order(files: dict[str, str]) -> list[str]:
@@ -99,7 +105,7 @@ def _module(path: str) -> str:
 
 
 def _above(base: str, item: str | None, path: str, path_of: dict[str, str]) -> str:
-    """`base` under the folder above `path` where Python's search path would find it: the topmost that has such a module."""
+    """`base` under the topmost folder above `path` that has such a module, as if it were on Python's search path."""
     folders = path.split("/")[:-1]
     for depth in range(len(folders) + 1):
         name = ".".join([*folders[:depth], base])
@@ -140,7 +146,7 @@ def _import_statements(text: str, path: str, path_of: dict[str, str]) -> list[tu
 
 
 def _defining_module(base: str, item: str | None, exports: dict[str, dict]) -> str | None:
-    """The module of the repository that `from base import item` (or `import base`) needs; None if it is not of the repository."""
+    """The repository's module that `from base import item` (or `import base`) needs; None if it has no such module."""
     for _ in range(8):  # a chain of re-exports longer than this is a cycle
         if item is not None and f"{base}.{item}" in exports:
             return f"{base}.{item}"

@@ -117,7 +117,7 @@ def near(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
 
 
 def overlapping(train: list[np.ndarray], held_out: list[np.ndarray], share: float = 0.5) -> set[int]:
-    """Indices of training documents that consist of held-out text by `share`, or that contain such a share of one held-out document."""
+    """Indices of training documents with at least `share` of their 13-grams held out, or of a held-out document's."""
     if not held_out:
         return set()
     owners = np.repeat(np.arange(len(held_out)), [len(found) for found in held_out])
@@ -141,7 +141,7 @@ def overlapping(train: list[np.ndarray], held_out: list[np.ndarray], share: floa
 def clean(
     train: list[Document], held_out: list[Document], threshold: float, drops: Counter[str]
 ) -> tuple[list[Document], list[Document]]:
-    """Both without exact duplicates, the training documents also without near duplicates and without what repeats held-out text."""
+    """Both without exact duplicates, training also without near duplicates and without what repeats held-out text."""
     held_out = exact(held_out, drops)
     taken = {document.id for document in held_out}
     drops["held-out text again"] += sum(document.id in taken for document in train)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from glm_jax.config import ConfigError
+
 DOMAINS = ("general", "code", "math")
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Data that cannot be used. The message says what, why and the way out; scripts print it without a traceback."""
 
 
@@ -105,7 +107,7 @@ def explained(what: Path) -> Iterator[None]:
         yield
     except OSError as error:
         ways_out = {
-            errno.ENOSPC: "the disk is full; free some space and run the same command again, it goes on where it stopped",
+            errno.ENOSPC: "the disk is full; free some space and run the same command again",
             errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
             errno.EACCES: "permission denied; choose a folder you may write",
             errno.EROFS: "the file system is read-only; choose another folder",

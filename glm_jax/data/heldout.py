@@ -11,12 +11,13 @@ from glm_jax.data.code import concatenate
 from glm_jax.data.document import DataError, Document, read_documents, unit
 
 LONG_BYTES = 16_384  # a held-out document of at least this size also stands in the domain "long"
-_SALT = "held out 22"  # of 30 tried, the one whose 5 % is nearest to even: 0.35 MB of code, 0.2 MB each of prose and mathematics
+# Of 30 salts tried, one whose 5 % is fairly even: 0.35 MB of code, 0.2 MB each of prose and mathematics.
+_SALT = "held out 22"
 _ENOUGH_GROUPS = 10  # a kind with so many groups holds out at least one
 
 
 def held_out_groups(groups: Iterable[str], share: float) -> set[str]:
-    """Groups whose hash falls below `share`; of each kind (the name before the colon) with many groups, at least one."""
+    """Groups whose hash falls below `share`; of each kind (what precedes the colon) with many groups at least one."""
     kinds: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for group in set(groups):
         kinds[group.split(":", 1)[0]].append((unit(_SALT, group), group))
@@ -58,7 +59,7 @@ def with_long(documents: list[Document]) -> list[Document]:
 def read_held_out(folder: Path, domain: str | None = None, max_bytes: int | None = None) -> list[Document]:
     """Held-out documents of a data folder, of one domain (general, code, math, long) or of all.
 
-    `max_bytes` stops after the document that reaches so many bytes; the order is random and fixed, so that a prefix is a fair sample.
+    `max_bytes` stops after the document that reaches so many bytes; the order is by hash, so a prefix is a fair sample.
     """
     path = Path(folder) / "heldout.jsonl"
     if not path.is_file():

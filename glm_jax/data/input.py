@@ -1,7 +1,7 @@
 """Microbatches of a prepared stage: a grain dataset over the rows of its plan.
 
 The position is one number, so resuming is exact and instant, and does not depend on workers. Reading happens in the
-calling thread: a row is a few slices of a memory-mapped file, and grain's threads cost more than they bring on few cores.
+calling thread: a row is a few slices of a memory-mapped file, and grain's threads cost more than they bring.
 """
 
 import json
@@ -86,7 +86,7 @@ def assemble(pieces: list[tuple[np.ndarray, int]], seq_len: int, isolate: bool, 
 
 
 class Microbatches:
-    """Endless microbatches [microbatch_rows, seq_len] of a stage: the rows shuffled by `seed`, anew in each pass over them."""
+    """Endless microbatches [microbatch_rows, seq_len] of a stage: rows shuffled by `seed`, anew in each pass."""
 
     def __init__(self, folder: Path, stage: Stage, seed: int = 0):
         self.rows = Rows(folder, stage)
@@ -108,7 +108,7 @@ class Microbatches:
         """Go to a position of the same data, seed and microbatch size; DataError for another."""
         if state["rows"] != self._identity:
             raise DataError(
-                f"the input position belongs to rows {state['rows']}, this is {self._identity} (data/seed/microbatch_rows); "
+                f"the position is of rows {state['rows']}, these are {self._identity} (data/seed/microbatch_rows); "
                 "go on with the data, seed and microbatch size that the checkpoint was made with"
             )
         self._iterator.set_state({"next_index": int(state["microbatch"])})
@@ -119,7 +119,9 @@ class Microbatches:
 
 def _facts(folder: Path) -> dict[str, Any]:
     if not (folder.parent / "manifest.json").is_file():
-        raise DataError(f"{folder.parent} is no finished data folder; make it with python -m experiments.data --out {folder.parent}")
+        raise DataError(
+            f"{folder.parent} is no finished data folder; make it with python -m experiments.data --out {folder.parent}"
+        )
     if not (folder / "stage.json").is_file():
         known = sorted(path.parent.name for path in folder.parent.glob("*/stage.json"))
         raise DataError(f"{folder.parent} has no stage {folder.name!r}; it has {', '.join(known)}")

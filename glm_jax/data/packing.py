@@ -27,7 +27,7 @@ class Plan:
 
 
 def truncate(lengths: np.ndarray, seq_len: int, rows: int | None = None) -> Plan:
-    """Cut the documents, laid end to end, into full rows; each carries `LOOKAHEAD` tokens of the next. The rest is left out."""
+    """Cut the documents, laid end to end, into full rows; each carries `LOOKAHEAD` tokens of the next."""
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
     total = int(ends[-1]) if len(ends) else 0
@@ -49,7 +49,7 @@ def truncate(lengths: np.ndarray, seq_len: int, rows: int | None = None) -> Plan
 
 
 def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
-    """Longest piece first, each into the fullest row that still holds it. Documents longer than a row are cut into rows."""
+    """Longest piece first, each into the fullest row that still holds it. Documents longer than a row are cut."""
     pieces = [
         (min(seq_len, int(length) - start), document, start)
         for document, length in enumerate(lengths)

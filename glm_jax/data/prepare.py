@@ -2,7 +2,7 @@
 
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
-    OUT/documents/<domain>.jsonl training documents, clean and in quality buckets; tokens.npy and offsets.npy of those read
+    OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/heldout.jsonl            held-out documents, with the domain "long" besides the three
     OUT/tokenizer.json
     OUT/<stage>/                 tokens.npy, offsets.npy, segments.npy, row_starts.npy, stage.json
@@ -27,7 +27,16 @@ import numpy as np
 from glm_jax.config import Run, canonical, flatten
 from glm_jax.data import dedup, heldout, quality, sources, stages
 from glm_jax.data.document import (
-    DOMAINS, DataError, Document, Progress, digest, explained, read_documents, unit, write, write_documents,
+    DOMAINS,
+    DataError,
+    Document,
+    Progress,
+    digest,
+    explained,
+    read_documents,
+    unit,
+    write,
+    write_documents,
 )  # fmt: skip
 from glm_jax.text.tokenizer import Tokenizer, train
 
@@ -37,7 +46,7 @@ _FORMAT = 1  # of the folder; a change makes older folders unusable
 def prepare(run: Run, out: Path, progress: Progress) -> Path:
     """Make the data folder of `run`, or go on with an unfinished one; returns `out`.
 
-    Reads run.data, run.model.V and the stages, nothing else. DataError where the data, the disk or an older folder forbids it.
+    Reads run.data, run.model.V and the stages, nothing else. DataError where data, disk or an older folder forbid it.
     """
     out = Path(out)
     with explained(out):
@@ -63,7 +72,12 @@ def _prepare(run: Run, out: Path, progress: Progress) -> Path:
 
 def settings(run: Run) -> dict[str, Any]:
     """The part of a run that decides its data."""
-    return {"format": _FORMAT, "data": canonical(run.data), "V": run.model.V, "stages": [stages.restated(s) for s in run.stages]}
+    return {
+        "format": _FORMAT,
+        "data": canonical(run.data),
+        "V": run.model.V,
+        "stages": [stages.restated(s) for s in run.stages],
+    }
 
 
 class _Steps:
@@ -119,9 +133,12 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         config["inputs"]["versions"] = found["inputs"]["versions"]  # finished: what is installed now no longer matters
     ours, theirs = flatten(json.loads(json.dumps(config))), flatten(found)
     ours, theirs = _spread(ours), _spread(theirs)
-    changed = [f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+    changed = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if changed:
-        raise DataError(f"{out} was made with other settings or inputs; use another --out or delete it. Differences:\n  " + "\n  ".join(changed))
+        listed = "\n  ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in changed)
+        raise DataError(
+            f"{out} was made with other settings or inputs; use another --out or delete it. Differences:\n  {listed}"
+        )
     return config
 
 
@@ -139,8 +156,8 @@ def _spread(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _listing(root: Path) -> str:
     """Fingerprint of the names, sizes and times of a folder's files."""
-    entries = [(path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in sources.list_folder(root)]
-    return digest(json.dumps(entries))[:12]
+    states = [(path.relative_to(root).as_posix(), path.stat()) for path in sources.list_folder(root)]
+    return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]))[:12]
 
 
 def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
@@ -217,11 +234,17 @@ def _stage(run: Run, stage: Any, out: Path, to: Path, tell: Callable[[int, int],
     tokens = stages.Tokens.load(out / "documents")
     built = stages.build(stage, run.data, _training_documents(run, out), tokens, tokenizer, tell)
     if len(built.plan) == 0:
-        raise DataError(f"stage {stage.name}: its documents do not fill one row of {stage.seq_len} tokens; add --data.paths or shorten seq_len")
+        raise DataError(
+            f"stage {stage.name}: its documents do not fill one row of {stage.seq_len} tokens; "
+            "add --data.paths or shorten seq_len"
+        )
     (to / stage.name).mkdir()
     built.save(to / stage.name)
     key = hashlib.sha256(built.tokens.flat.tobytes() + built.plan.segments.tobytes()).hexdigest()[:12]
-    write(to / stage.name / "stage.json", _pretty({**built.facts, "key": key, "end": tokenizer.end, "vocab_size": run.model.V}))
+    write(
+        to / stage.name / "stage.json",
+        _pretty({**built.facts, "key": key, "end": tokenizer.end, "vocab_size": run.model.V}),
+    )
 
 
 def load_tokenizer(out: Path, vocab_size: int | None = None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""A transparent quality score, its rank within a domain, and buckets of equal size (report, section 2.2; spec section 5).
+"""A transparent quality score, its rank within a domain, and buckets of equal size (report 2.2; spec section 5).
 
 The report's scorers are trained models. Here the score is the mean of named signals in [0, 1] that one can read off
 a document, so that every bucket can be explained; the pipeline from score to buckets to epochs is the same.
@@ -11,10 +11,11 @@ from collections import defaultdict
 
 from glm_jax.data.document import Document
 
-_FUNCTION_WORDS = frozenset(
-    "the of and a to in is that it for as with be are on this by or an not from at which if when can have has was were "
-    "will would should may must there their then than these those into only also all any each such but so you we".split()
-)
+_COMMON_WORDS = """
+    the of and a to in is that it for as with be are on this by or an not from at which if when can have has was were
+    will would should may must there their then than these those into only also all any each such but so you we
+"""
+_FUNCTION_WORDS = frozenset(_COMMON_WORDS.split())
 _WORD = re.compile(r"[^\W\d_]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _COMMENT = re.compile(r'#[^\n]*|"""[\s\S]*?"""|//[^\n]*|/\*[\s\S]*?\*/')
@@ -33,7 +34,7 @@ def score(document: Document) -> float:
 
 
 def with_buckets(documents: list[Document], buckets: int) -> list[Document]:
-    """The documents with their bucket: by rank of the score within the domain, each bucket an equal share of its bytes."""
+    """The documents with buckets: by rank of the score within the domain, each bucket an equal share of its bytes."""
     ranked: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
     for index, document in enumerate(documents):
         ranked[document.domain].append((score(document), document.id, index))

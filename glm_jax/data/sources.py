@@ -17,14 +17,17 @@ from pathlib import Path
 
 from glm_jax.data.document import DataError, Document
 
-# Packages that this project installs: distribution -> module. Of the first all long docstrings are taken, of the second LaTeX ones.
-PROSE = {"numpy": "numpy", "flax": "flax", "optax": "optax", "grain": "grain", "jinja2": "jinja2", "tqdm": "tqdm", "tyro": "tyro"}
-MATHS = {"scipy": "scipy", "jax": "jax", "matplotlib": "matplotlib", "tensorboardX": "tensorboardX"}
+# Packages that this project installs, distribution and module alike. Of the first every long docstring is taken,
+# of the second those with LaTeX.
+PROSE = ("numpy", "flax", "optax", "grain", "jinja2", "tqdm", "tyro")
+MATHS = ("scipy", "jax", "matplotlib", "tensorboardX")
 
 EXTENSIONS: dict[str, str] = {
     **dict.fromkeys((".txt", ".md", ".rst"), "general"),
     **dict.fromkeys((".tex",), "math"),
-    **dict.fromkeys((".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".rs", ".java", ".js", ".ts"), "code"),
+    **dict.fromkeys(
+        (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".rs", ".java", ".js", ".ts"), "code"
+    ),
     **dict.fromkeys((".sh", ".rb", ".jl", ".lua", ".sql", ".kt", ".scala", ".swift", ".hs", ".ml"), "code"),
 }
 
@@ -32,7 +35,8 @@ LATEX = re.compile(r":math:|\.\. math::|\\(?:frac|sum|int|sqrt|mathbb|mathrm|beg
 _GENERATED = re.compile(r"generated (from|by|with)|do not edit", re.IGNORECASE)
 _SHORTEST = 64  # characters of a document
 _SHORTEST_DOCSTRING = 200
-_SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__|node_modules|\.[^/]+)(/|$)")
+_HIDDEN = re.compile(r"(^|/)(\.[^/]+|__pycache__|node_modules)(/|$)")
+_SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__)(/|$)")
 
 
 def builtin(drops: Counter[str]) -> Iterator[Document]:
@@ -40,22 +44,22 @@ def builtin(drops: Counter[str]) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     yield from _standard_library(root, drops)
     yield from _topics(root / "pydoc_data" / "topics.py", drops)
-    for distribution, module in (PROSE | MATHS).items():
-        spec = importlib.util.find_spec(module)
+    for package in PROSE + MATHS:
+        spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             drops["package not installed"] += 1
             continue
-        package = Path(next(iter(spec.submodule_search_locations)))
-        for path in _files(package, ".py"):
-            name = f"{module}/{path.relative_to(package).as_posix()}"
-            yield from _docstrings(path, name, f"api:{name}", drops, latex_only=distribution in MATHS)
-        yield from _readme(distribution, drops)
+        root = Path(next(iter(spec.submodule_search_locations)))
+        for path in _files(root, ".py"):
+            name = f"{package}/{path.relative_to(root).as_posix()}"
+            yield from _docstrings(path, name, f"api:{name}", drops, latex_only=package in MATHS)
+        yield from _readme(package, drops)
 
 
 def environment() -> dict[str, str]:
     """Versions that decide what `builtin` yields and how it is cut."""
     versions = {"python": platform.python_version()}
-    for distribution in PROSE | MATHS | {"tokenizers": ""}:
+    for distribution in (*PROSE, *MATHS, "tokenizers"):
         try:
             versions[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -82,26 +86,29 @@ def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document
         found += 1
         for number, piece in enumerate(cut(text, max_bytes)):
             label = name if number == 0 else f"{name}#{number}"
-            yield Document.of(
-                piece, domain=domain, source=f"folder:{root.name}", path=label, group=f"folder:{repo or name}", repo=repo
-            )
+            source, group = f"folder:{root.name}", f"folder:{repo or name}"
+            yield Document.of(piece, domain=domain, source=source, path=label, group=group, repo=repo)
     if not found:
-        raise DataError(f"{root}: no usable text; files need one of these extensions and UTF-8: {' '.join(sorted(EXTENSIONS))}")
+        known = " ".join(sorted(EXTENSIONS))
+        raise DataError(f"{root}: no usable text; it needs files in UTF-8 with one of the extensions {known}")
 
 
 def list_folder(root: Path) -> list[Path]:
-    """Files below `root` in the order of their names, hidden ones and caches left out; DataError if it cannot be read."""
+    """Files below `root` in the order of their names, without hidden ones and caches; DataError if there are none."""
     if not root.is_dir():
-        raise DataError(f"{root} {'is not a folder' if root.exists() else 'does not exist'}; give --data.paths folders of text or code")
+        problem = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"{root} {problem}; give --data.paths folders of text or code")
     try:
         next(iter(root.iterdir()), None)
         files = [path for path in root.rglob("*") if path.is_file()]
     except PermissionError as error:
-        raise DataError(f"{error.filename or root} cannot be read; change its permissions or leave it out of --data.paths") from error
-    files = [path for path in files if not re.search(r"(^|/)(\.[^/]+|__pycache__|node_modules)(/|$)", path.relative_to(root).as_posix())]
-    if not files:
-        raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out of --data.paths")
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+        problem = f"{error.filename or root} cannot be read"
+        raise DataError(f"{problem}; change its permissions or leave it out of --data.paths") from error
+    named = sorted((path.relative_to(root).as_posix(), path) for path in files)
+    named = [(name, path) for name, path in named if not _HIDDEN.search(name)]
+    if not named:
+        raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out")
+    return [path for _, path in named]
 
 
 def cut(text: str, max_bytes: int) -> list[str]:
@@ -183,15 +190,21 @@ def _topics(path: Path, drops: Counter[str]) -> Iterator[Document]:
         if isinstance(node, ast.Dict):
             for topic, text in ast.literal_eval(node).items():
                 if _usable(text, False, drops):
-                    yield Document.of(text, domain="general", source="topics", path=f"topics/{topic}", group=f"topic:{topic}")
+                    fields = {"source": "topics", "path": f"topics/{topic}", "group": f"topic:{topic}"}
+                    yield Document.of(text, domain="general", **fields)
             return
 
 
 def _readme(distribution: str, drops: Counter[str]) -> Iterator[Document]:
-    text = importlib.metadata.metadata(distribution).get_payload()
+    try:
+        text = importlib.metadata.metadata(distribution).get_payload()
+    except importlib.metadata.PackageNotFoundError:
+        drops["readme not installed"] += 1
+        return
     if isinstance(text, str) and _usable(text, False, drops):
         domain = "math" if LATEX.search(text) else "general"
-        yield Document.of(text, domain=domain, source="readme", path=f"readme/{distribution}", group=f"readme:{distribution}")
+        fields = {"source": "readme", "path": f"readme/{distribution}", "group": f"readme:{distribution}"}
+        yield Document.of(text, domain=domain, **fields)
 
 
 def _docstrings(path: Path, name: str, group: str, drops: Counter[str], latex_only: bool = False) -> Iterator[Document]:

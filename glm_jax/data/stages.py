@@ -88,7 +88,12 @@ class Prepared:
 
 
 def build(
-    stage: Stage, data: Data, documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, progress: Callable[[int, int], None]
+    stage: Stage,
+    data: Data,
+    documents: list[Document],
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    progress: Callable[[int, int], None],
 ) -> Prepared:
     """Rows of `stage` from training documents and their tokens (each ended), as a pure function of the arguments."""
     if stage.long_documents:
@@ -96,19 +101,18 @@ def build(
     pool = mixture.Pool(
         [d.id for d in documents], [d.domain for d in documents], [d.bucket for d in documents], tokens.lengths
     )
-    counts = mixture.passes(pool, mixture.epochs(pool, stage, data.bucket_epochs), data.seed, stage.name)
-    instances = mixture.order(counts, data.seed)
-    used = np.flatnonzero(counts)
-    place = {int(document): index for index, document in enumerate(used)}
+    instances = mixture.instances(pool, mixture.epochs(pool, stage, data.bucket_epochs), data.seed, stage.name)
     rewritten = _fill_in_the_middle(stage, data.seed, documents, tokens, instances, tokenizer, progress)
-    items = [tokens[int(document)] for document in used]
+    items: list[np.ndarray] = []
+    stored_at: dict[tuple[int, int], int] = {}  # (document, tokens) -> item: passes without FIM share one
     stream: list[int] = []  # items in the order of reading
-    for instance, (document, _) in enumerate(instances):
-        if instance in rewritten:
-            stream += range(len(items), len(items) + len(rewritten[instance]))
-            items += rewritten[instance]
-        else:
-            stream.append(place[int(document)])
+    for instance, (document, _, count) in enumerate(instances.tolist()):
+        new = rewritten.get(instance, [])
+        if not new and (document, count) not in stored_at:
+            stored_at[document, count] = len(items)
+            new = [tokens[document][:count]]
+        stream += range(len(items), len(items) + len(new)) if new else [stored_at[document, count]]
+        items += new
     stored = Tokens.of(items, id_dtype(tokenizer.vocab_size))
     lengths = stored.lengths[stream]
     if stage.packing == "truncate":
@@ -116,27 +120,42 @@ def build(
     else:
         plan = packing.best_fit(lengths, stage.seq_len)
     plan.segments[:, 0] = np.array(stream, np.int64)[plan.segments[:, 0]]
-    return Prepared(stored, plan, _facts(stage, documents, counts, tokens, lengths, plan, len(rewritten)))
+    return Prepared(stored, plan, _facts(stage, documents, instances, tokens, plan, len(rewritten)))
 
 
-def _with_repositories(documents: list[Document], tokens: Tokens, tokenizer: Tokenizer) -> tuple[list[Document], Tokens]:
+def _with_repositories(
+    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer
+) -> tuple[list[Document], Tokens]:
     """Files of a repository become one document in dependency order; the others stay."""
     single = [index for index, document in enumerate(documents) if document.repo is None]
     files: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         if document.repo is not None:
             files[document.repo].append(document)
-    repositories = []
+    repositories, items = [], [tokens[index] for index in single]
+    row_of = {document.id: index for index, document in enumerate(documents)}
     for name in sorted(files):
-        text = code.concatenate({file.path: file.text for file in files[name]})
-        bucket = round(sum(file.bucket * file.size for file in files[name]) / sum(file.size for file in files[name]))
-        first = files[name][0]
+        text_of = {file.path: file for file in files[name]}
+        arranged = code.arranged({path: file.text for path, file in text_of.items()})
+        headers = tokenizer.encode_batch([header for header, _ in arranged])
+        parts = [
+            part
+            for ids, (_, path) in zip(headers, arranged, strict=True)
+            for part in (np.array(ids, tokens.flat.dtype), tokens[row_of[text_of[path].id]][:-1])
+        ]
+        items.append(np.concatenate([*parts, np.array([tokenizer.end], tokens.flat.dtype)]))
+        size = sum(file.size for file in files[name])
         repositories.append(
-            Document.of(text, domain="code", source="repository:" + first.source, path=name, group=first.group, bucket=bucket)
+            Document.of(
+                "".join(header + text_of[path].text for header, path in arranged),
+                domain="code",
+                source="repository",
+                path=name,
+                group=name,
+                bucket=round(sum(file.bucket * file.size for file in files[name]) / size),
+            )
         )
-    encoded = encode_all([repository.text for repository in repositories], tokenizer, lambda done, total: None)
-    items = [tokens[index] for index in single] + [np.append(ids, ids.dtype.type(tokenizer.end)) for ids in encoded]
-    return [documents[index] for index in single] + repositories, Tokens.of(items, id_dtype(tokenizer.vocab_size))
+    return [documents[index] for index in single] + repositories, Tokens.of(items, tokens.flat.dtype)
 
 
 def _fill_in_the_middle(
@@ -149,9 +168,12 @@ def _fill_in_the_middle(
     in a stage of long documents, where it stays whole and plain.
     """
     parts: list[tuple[int, int, str, str]] = []  # instance, piece, special token, text
-    for instance, (index, number) in enumerate(instances):
-        document, length = documents[index], int(tokens.lengths[index])
-        if document.domain != "code" or unit("fim", seed, stage.name, document.id, number) >= stage.fim_rate:
+    lengths = tokens.lengths
+    for instance, (index, number, count) in enumerate(instances.tolist()):
+        document, length = documents[index], int(lengths[index])
+        clipped = count < length
+        chosen = unit("fim", seed, stage.name, document.id, number) < stage.fim_rate
+        if document.domain != "code" or clipped or not chosen:
             continue
         found = [document.text]
         if length + 3 > stage.seq_len:
@@ -175,15 +197,17 @@ def _fill_in_the_middle(
 
 
 def _facts(
-    stage: Stage, documents: list[Document], counts: np.ndarray, tokens: Tokens, lengths: np.ndarray, plan: packing.Plan, fim: int
+    stage: Stage, documents: list[Document], instances: np.ndarray, tokens: Tokens, plan: packing.Plan, fim: int
 ) -> dict[str, Any]:
-    read: Counter[str] = Counter()
-    by_bucket: dict[str, Counter[int]] = {name: Counter() for name in DOMAINS}
-    size_of_bucket: dict[str, Counter[int]] = {name: Counter() for name in DOMAINS}
-    for document, count, length in zip(documents, counts.tolist(), tokens.lengths.tolist(), strict=True):
-        read[document.domain] += count * length
-        by_bucket[document.domain][document.bucket] += count * length
-        size_of_bucket[document.domain][document.bucket] += length
+    size: dict[tuple[str, int], int] = Counter()
+    read: dict[tuple[str, int], int] = Counter()
+    for document, length in zip(documents, tokens.lengths.tolist(), strict=True):
+        size[document.domain, document.bucket] += length
+    for index, _, count in instances.tolist():
+        read[documents[index].domain, documents[index].bucket] += count
+    epochs = {
+        name: {str(b): round(read[d, b] / n, 3) for (d, b), n in sorted(size.items()) if d == name} for name in DOMAINS
+    }
     overlap = packing.LOOKAHEAD * len(plan) if stage.packing == "truncate" else 0
     placed = int(plan.segments[:, 2].sum()) - overlap
     return {
@@ -191,13 +215,10 @@ def _facts(
         "rows": len(plan),
         "tokens": placed,
         "padding": round(1 - placed / max(len(plan) * stage.seq_len, 1), 6),
-        "passes_over_documents": int(counts.sum()),
-        "passes_with_fim": fim,
-        "texts_cut": int(sum(lengths > stage.seq_len)) if stage.packing == "best_fit" else max(len(plan) - 1, 0),
-        "tokens_by_domain": {name: read[name] for name in DOMAINS},
-        "epochs_by_bucket": {
-            name: {str(b): round(by_bucket[name][b] / n, 3) for b, n in sorted(size_of_bucket[name].items())} for name in DOMAINS
-        },
+        "readings_of_documents": len(instances),
+        "readings_with_fim": fim,
+        "tokens_by_domain": {name: sum(n for (d, _), n in read.items() if d == name) for name in DOMAINS},
+        "epochs_by_bucket": epochs,
     }
 
 

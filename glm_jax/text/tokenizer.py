@@ -40,7 +40,7 @@ def _with_pipeline(backend: Backend) -> Backend:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Learn merges from `texts`. The result depends on the texts alone: not on their order, the run or the thread count."""
+    """Learn merges from `texts`. The result depends on the texts alone: not on their order, nor on threads."""
     if vocab_size % 128 or vocab_size < _SMALLEST:
         raise ConfigError(f"model.V={vocab_size} must be a multiple of 128, at least {_SMALLEST}")
     backend = _with_pipeline(Backend(models.BPE(ignore_merges=True)))

@@ -1,0 +1,109 @@
+"""Make the data folder of a run: real documents, clean and packed into rows, with a tokenizer of their own.
+
+    python -m experiments.data --recipe tiny --out data/tiny
+    python -m experiments.data --recipe tiny --out data/mine --data.paths ~/notes ~/projects
+
+Sources: the standard library of this Python (its packages as repositories), the topics of pydoc, docstrings and readme
+pages of installed packages (those with LaTeX are the mathematics); nothing is downloaded. --data.paths adds folders of
+text (.txt .md .rst .tex) and code (.py .c .rs ...); a subfolder with code counts as a repository.
+
+Steps, in this order:
+  collect     read the sources; hold out --data.held_out of them by whole modules, packages and pages
+  clean       drop exact and near duplicates and what repeats held-out text; score; sort into quality buckets
+  tokenizer   learn --model.V byte pairs and special tokens from the training documents
+  tokens      encode them
+  stage NAME  draw the stage's tokens by mixture and bucket, apply FIM to code, pack rows
+
+Interrupt it at any time: the same command goes on where it stopped and ends with the same bytes. A folder made with
+other settings is refused. Afterwards: OUT/manifest.json has every count; experiments.pretrain --data OUT trains on it.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from experiments import cli
+from glm_jax.config import Run
+from glm_jax.data.document import DOMAINS
+from glm_jax.data.prepare import prepare, read_manifest
+
+
+@dataclass(frozen=True)
+class Args:
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder to make, or to go on with."""
+
+
+class Progress:
+    """A bar with the time left for each step on a terminal, a line with its seconds elsewhere."""
+
+    def __init__(self):
+        self._step, self._bar, self._since = None, None, 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if step != self._step:
+            self.close()
+            self._step, self._since = step, time.monotonic()
+            if self._terminal:
+                self._bar = tqdm(
+                    desc=f"{step:<18}", total=1000, bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+                )
+        if self._bar is not None:
+            self._bar.update(max(0, round(1000 * done / max(total, 1)) - self._bar.n))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._step is not None:
+            print(f"{self._step:<18} {time.monotonic() - self._since:6.1f} s", file=sys.stderr)
+        self._step = self._bar = None
+
+
+def main(args: Args, run: Run) -> None:
+    progress = Progress()
+    prepare(run, args.out, progress)
+    progress.close()
+    print(summary(args.out))
+
+
+def summary(folder: Path) -> str:
+    """The manifest in a screenful."""
+    manifest = read_manifest(folder)
+    lines = [
+        f"{folder}: vocabulary {manifest['settings']['V']}",
+        "",
+        "domain     documents      MB   held out MB   bytes/token",
+    ]
+    for name in (*DOMAINS, "long"):
+        held_out = manifest["held_out"][name]
+        training = manifest["training"].get(name, {"documents": 0, "bytes": 0})
+        lines.append(
+            f"{name:<9} {training['documents']:10,} {training['bytes'] / 1e6:7.2f} {held_out['bytes'] / 1e6:13.2f} "
+            f"{held_out['bytes_per_token']:13.2f}"
+        )
+    lines += ["", "stage          rows  length    tokens  padding  FIM  mixture (" + " / ".join(DOMAINS) + ")"]
+    for stage in manifest["stages"]:
+        shares = [stage["tokens_by_domain"][name] for name in DOMAINS]
+        mixture = " / ".join(f"{100 * share / max(sum(shares), 1):.0f} %" for share in shares)
+        lines.append(
+            f"{stage['name']:<12} {stage['rows']:6,} {stage['seq_len']:7,} {stage['tokens']:9,} "
+            f"{100 * stage['padding']:6.2f} % {stage['readings_with_fim']:4,}  {mixture}"
+        )
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["drops"].items() if count)
+    zlib = manifest["zlib_bits_per_byte"]["stdlib_modules"]
+    lines += [
+        "",
+        f"dropped: {dropped}",
+        f"zlib -9 on held-out standard-library modules one by one: {zlib:.3f} bits per byte",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.main(main)
