@@ -10,7 +10,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -57,6 +56,28 @@ def tgmm(
     return _module(implementation).tgmm(x_RD, y_RM, group_sizes_E)
 
 
+def expert_mlp(
+    x_XD: Float[Array, "X D"],
+    gate_EDM: Float[Array, "E D M"],
+    up_EDM: Float[Array, "E D M"],
+    down_EMD: Float[Array, "E M D"],
+    experts_XA: Int[Array, "X A"],
+    weights_XA: Float[Array, "X A"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "X D"]:
+    """Each token's weighted sum over its experts of down(silu(gate x) * up x), without ever storing the routed rows.
+
+    An expert outside 0..E-1 adds nothing and gets no gradient: under expert parallelism pass `experts_XA - first`.
+    A token names an expert at most once. Computed in float32 whatever the inputs, and the result has x's dtype.
+    Keeps only its inputs for the backward pass. Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
+    """
+    _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    if _module(implementation) is reference:
+        return reference.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _gmm(x_RD, w_EDM, group_sizes_E, module):
     return module.gmm(x_RD, w_EDM, group_sizes_E)
@@ -68,19 +89,46 @@ def _gmm_fwd(x_RD, w_EDM, group_sizes_E, module):
 
 def _gmm_bwd(module, saved, dy_RM):
     x_RD, w_EDM, group_sizes_E = saved
-    dx_RD = module.gmm_t(dy_RM, w_EDM, group_sizes_E).astype(x_RD.dtype)
+    dx_RD = module.gmm_t(dy_RM, w_EDM, group_sizes_E)
     dw_EDM = module.tgmm(x_RD, dy_RM, group_sizes_E).astype(w_EDM.dtype)
-    return dx_RD, dw_EDM, np.zeros(group_sizes_E.shape, jax.dtypes.float0)
+    return dx_RD, dw_EDM, None
 
 
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
+
+
+@jax.custom_vjp
+def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA):
+    return xla.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+
+
+def _expert_mlp_fwd(*inputs):
+    return xla.expert_mlp(*inputs), inputs
+
+
+def _expert_mlp_bwd(inputs, dy_XD):
+    x_XD, gate_EDM, up_EDM, down_EMD, _, weights_XA = inputs
+    dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweights_XA = xla.expert_mlp_grad(*inputs, dy_XD)
+    return (
+        dx_XD.astype(x_XD.dtype),
+        dgate_EDM.astype(gate_EDM.dtype),
+        dup_EDM.astype(up_EDM.dtype),
+        ddown_EMD.astype(down_EMD.dtype),
+        None,
+        dweights_XA.astype(weights_XA.dtype),
+    )
+
+
+_expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
 
 
 def _module(name: str | None):
     if name is None:
         return xla
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped_matmul: unknown implementation {name!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best")
+        raise ValueError(
+            f"grouped_matmul: unknown implementation {name!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best"
+        )
     return IMPLEMENTATIONS[name]
 
 
@@ -97,4 +145,22 @@ def _check(name: str, x: Array, w: Array, group_sizes_E: Array, contract: int) -
 
 def _check_sizes(name: str, group_sizes_E: Array) -> None:
     if group_sizes_E.ndim != 1 or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
-        raise ValueError(f"{name}: group_sizes {group_sizes_E.shape} {group_sizes_E.dtype} must be a vector of integers")
+        raise ValueError(
+            f"{name}: group_sizes {group_sizes_E.shape} {group_sizes_E.dtype} must be a vector of integers"
+        )
+
+
+def _check_mlp(x: Array, gate: Array, up: Array, down: Array, experts: Array, weights: Array) -> None:
+    shapes = f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}, experts {experts.shape}, weights {weights.shape}"
+    if gate.ndim != 3 or up.shape != gate.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
+        raise ValueError(f"expert_mlp: {shapes} do not fit; gate and up are [E,D,M] and down [E,M,D]")
+    if (
+        x.ndim != 2
+        or x.shape[1] != gate.shape[1]
+        or experts.shape != weights.shape
+        or experts.ndim != 2
+        or len(experts) != len(x)
+    ):
+        raise ValueError(f"expert_mlp: {shapes} do not fit; x is [X,D], experts and weights are [X,A]")
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(f"expert_mlp: experts are {experts.dtype}; they must be integers")

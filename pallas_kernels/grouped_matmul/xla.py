@@ -1,46 +1,80 @@
 """Grouped matmul for XLA's CPU back end: a scan over groups, and in each a loop over blocks of its rows.
 
-Groups may start at any row and have any size. A block that reaches beyond its group (or that was moved
-back because it would reach beyond the array) writes only its group's rows, so no row is ever padded or copied.
+Groups may start at any row and have any size, so a block may reach beyond its group (or be moved back where it would
+reach beyond the array): it then writes its group's rows only, and nothing is ever padded or copied. Blocks are small
+enough for the cache, so what `expert_mlp` computes between its two gathers never reaches memory.
+Everything is computed in float32: XLA's CPU back end converts bfloat16 operands of a product in any case, and at each use.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-BLOCK_ROWS = 128
+F32 = jnp.float32
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256
+Carry = TypeVar("Carry")
 
 
-def _block(rows: int) -> int:
-    return min(BLOCK_ROWS, rows)
+def block_rows(rows: int, groups: int) -> int:
+    """Rows of a block: a quarter of an average group as a power of two, so that its last block wastes little."""
+    quarter = max(1, rows // (4 * groups))
+    return min(max(SMALLEST_BLOCK, 1 << (quarter.bit_length() - 1)), LARGEST_BLOCK, rows)
 
 
-def _rows(start: Array, end: Array, i: Array, block: int, rows: int) -> tuple[Array, Array]:
-    """First row of the group's i-th block, and the boolean [block, 1] of its rows that are the group's and not an earlier block's."""
-    wanted = start + i * block
-    first = jnp.minimum(wanted, rows - block)
-    row_b1 = first + jnp.arange(block)[:, None]
-    return first, (row_b1 >= wanted) & (row_b1 < end)
+def over_blocks(
+    size: Array, end: Array, rows: int, block: int, body: Callable[[Array, Array, Carry], Carry], carry: Carry
+) -> Carry:
+    """`carry = body(first, keep_b1, carry)` for each block of the group's rows end-size..end.
+
+    `first` is the block's first row, never beyond `rows - block`; `keep_b1` is true for those of its rows that are
+    the group's and not an earlier block's.
+    """
+
+    def step(i, carry):
+        wanted = end - size + i * block
+        first = jnp.minimum(wanted, rows - block)
+        row_b1 = first + jnp.arange(block)[:, None]
+        return body(first, (row_b1 >= wanted) & (row_b1 < end), carry)
+
+    return lax.fori_loop(0, (size + block - 1) // block, step, carry)
+
+
+def _zeros(like: Array, *shape: int) -> Array:
+    """Float32 zeros that vary over the same mesh axes as `like`, which a loop's carry must."""
+    return lax.full_like(like, 0, shape=shape, dtype=F32)
+
+
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    return lax.dot_general(a.astype(F32), b.astype(F32), (((contract_a,), (contract_b,)), ((), ())))
+
+
+def _take(z: Array, first: Array, block: int) -> Array:
+    return lax.dynamic_slice_in_dim(z, first, block)
+
+
+def _put(z: Array, new_b: Array, keep_b: Array, first: Array) -> Array:
+    """`z` with the kept rows of the block that starts at `first` replaced."""
+    old_b = _take(z, first, new_b.shape[0])
+    return lax.dynamic_update_slice_in_dim(z, jnp.where(keep_b, new_b.astype(z.dtype), old_b), first, 0)
 
 
 def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, contract: int) -> Array:
     """Rows of x times their group's matrix, over that matrix's dimension `contract` (0 or 1)."""
-    rows, block = x_RD.shape[0], _block(x_RD.shape[0])
-    end_E = jnp.cumsum(group_sizes_E)
+    rows, block = x_RD.shape[0], block_rows(x_RD.shape[0], w_EDM.shape[0])
 
-    def group(y_RM, per_group):
-        w_DM, size, end = per_group
+    def group(y_RM, of_group):
+        w_DM, size, end = of_group
 
-        def step(i, y_RM):
-            first, keep_b1 = _rows(end - size, end, i, block, rows)
-            x_bD = lax.dynamic_slice_in_dim(x_RD, first, block)
-            new_bM = lax.dot_general(x_bD, w_DM, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
-            old_bM = lax.dynamic_slice_in_dim(y_RM, first, block)
-            return lax.dynamic_update_slice_in_dim(y_RM, jnp.where(keep_b1, new_bM.astype(y_RM.dtype), old_bM), first, 0)
+        def body(first, keep_b1, y_RM):
+            return _put(y_RM, _dot(_take(x_RD, first, block), w_DM, 1, contract), keep_b1, first)
 
-        return lax.fori_loop(0, (size + block - 1) // block, step, y_RM), None
+        return over_blocks(size, end, rows, block, body, y_RM), None
 
     zeros_RM = lax.full_like(x_RD, 0, shape=(rows, w_EDM.shape[2 - contract]))
-    return lax.scan(group, zeros_RM, (w_EDM, group_sizes_E, end_E))[0]
+    return lax.scan(group, zeros_RM, (w_EDM.astype(F32), group_sizes_E, jnp.cumsum(group_sizes_E)))[0]
 
 
 def gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
@@ -52,17 +86,106 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
 
 
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
-    rows, block = x_RD.shape[0], _block(x_RD.shape[0])
-    zeros_DM = lax.full_like(x_RD, 0, shape=(x_RD.shape[1], y_RM.shape[1]), dtype=jnp.float32)
+    rows, block = x_RD.shape[0], block_rows(x_RD.shape[0], group_sizes_E.shape[0])
 
-    def group(_, per_group):
-        size, end = per_group
+    def group(_, of_group):
+        size, end = of_group
 
-        def step(i, sum_DM):
-            first, keep_b1 = _rows(end - size, end, i, block, rows)
-            x_bD, y_bM = (jnp.where(keep_b1, lax.dynamic_slice_in_dim(z, first, block), 0) for z in (x_RD, y_RM))
-            return sum_DM + lax.dot_general(x_bD, y_bM, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        def body(first, keep_b1, sum_DM):
+            x_bD, y_bM = (jnp.where(keep_b1, _take(z, first, block), 0) for z in (x_RD, y_RM))
+            return sum_DM + _dot(x_bD, y_bM, 0, 0)
 
-        return None, lax.fori_loop(0, (size + block - 1) // block, step, zeros_DM)
+        return None, over_blocks(size, end, rows, block, body, _zeros(x_RD, x_RD.shape[1], y_RM.shape[1]))
 
     return lax.scan(group, None, (group_sizes_E, jnp.cumsum(group_sizes_E)))[1]
+
+
+def sort_by_expert(experts_R: Array, groups: int) -> tuple[Array, Array]:
+    """`order_R`, which lists the rows expert by expert in their own order and last those of no expert here, and `group_sizes_E`."""
+    rows = experts_R.shape[0]
+    assert rows * (groups + 1) < 2**31, f"{rows} rows times {groups + 1} do not fit the sort's int32 key"
+    expert_R = jnp.where((experts_R >= 0) & (experts_R < groups), experts_R, groups)
+    order_R = jnp.sort(expert_R * rows + jnp.arange(rows)) % rows  # one packed key: four times faster than argsort here
+    return order_R, (expert_R[:, None] == jnp.arange(groups)).sum(0, dtype=jnp.int32)
+
+
+def expert_mlp(
+    x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
+) -> Array:
+    if x_XD.shape[0] <= SMALLEST_BLOCK:
+        return _all_experts(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    (E, _, M), (rows, A) = gate_EDM.shape, (experts_XA.size, experts_XA.shape[1])
+    block = block_rows(rows, E)
+    order_R, size_E = sort_by_expert(experts_XA.reshape(rows), E)
+    token_R, weight_R = order_R // A, weights_XA.reshape(rows)[order_R].astype(F32)
+
+    def group(y_XD, of_group):
+        gate_DM, up_DM, down_MD, size, end = of_group
+        gate_up_DW = jnp.concatenate([gate_DM, up_DM], 1).astype(F32)
+        down_MD = down_MD.astype(F32)
+
+        def body(first, keep_b1, y_XD):
+            token_b = _take(token_R, first, block)
+            hidden_bW = _dot(x_XD[token_b], gate_up_DW, 1, 0)
+            active_bM = jax.nn.silu(hidden_bW[:, :M]) * hidden_bW[:, M:] * _take(weight_R, first, block)[:, None]
+            return y_XD.at[token_b].add(jnp.where(keep_b1, _dot(active_bM, down_MD, 1, 0), 0))
+
+        return over_blocks(size, end, rows, block, body, y_XD), None
+
+    of_groups = (gate_EDM, up_EDM, down_EMD, size_E, jnp.cumsum(size_E))
+    return lax.scan(group, _zeros(x_XD, *x_XD.shape), of_groups)[0].astype(x_XD.dtype)
+
+
+def _all_experts(
+    x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
+) -> Array:
+    """Every token through every expert: with few tokens the weights' way from memory is the whole cost, and this reads them once."""
+    E, D, M = gate_EDM.shape
+    chosen_XAE = experts_XA[..., None] == jnp.arange(E)
+    weight_EX = jnp.where(chosen_XAE, weights_XA[..., None].astype(F32), 0).sum(1).T
+    x_EXD = jnp.broadcast_to(
+        x_XD.astype(F32), (E, *x_XD.shape)
+    )  # batched over E, since a plain einsum transposes the weights
+    gate_EXM, up_EXM = (jnp.einsum("exd,edm->exm", x_EXD, w.astype(F32)) for w in (gate_EDM, up_EDM))
+    active_EXM = jnp.where(weight_EX[..., None] == 0, 0, jax.nn.silu(gate_EXM) * up_EXM * weight_EX[..., None])
+    return _dot(active_EXM.swapaxes(0, 1).reshape(-1, E * M), down_EMD.reshape(E * M, D), 1, 0).astype(x_XD.dtype)
+
+
+def expert_mlp_grad(
+    x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array, dy_XD: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Gradients of `expert_mlp` for x, gate, up, down and weights; the hidden layer is computed again, block by block."""
+    (E, D, M), (rows, A) = gate_EDM.shape, (experts_XA.size, experts_XA.shape[1])
+    block = block_rows(rows, E)
+    order_R, size_E = sort_by_expert(experts_XA.reshape(rows), E)
+    token_R, weight_R = order_R // A, weights_XA.reshape(rows)[order_R].astype(F32)
+
+    def group(carry, of_group):
+        gate_DM, up_DM, down_MD, size, end = of_group
+        gate_up_DW = jnp.concatenate([gate_DM, up_DM], 1).astype(F32)
+        down_MD = down_MD.astype(F32)
+
+        def body(first, keep_b1, carry):
+            dx_XD, dweight_R, dgate_up_DW, ddown_MD = carry
+            token_b, weight_b1 = _take(token_R, first, block), _take(weight_R, first, block)[:, None]
+            x_bD, dy_bD = (jnp.where(keep_b1, z[token_b].astype(F32), 0) for z in (x_XD, dy_XD))
+            hidden_bW = _dot(x_bD, gate_up_DW, 1, 0)
+            gate_bM, up_bM = hidden_bW[:, :M], hidden_bW[:, M:]
+            sigmoid_bM = jax.nn.sigmoid(gate_bM)
+            silu_bM = gate_bM * sigmoid_bM
+            dactive_bM = _dot(dy_bD, down_MD, 1, 1)
+            dweight_R = _put(dweight_R, (silu_bM * up_bM * dactive_bM).sum(1), keep_b1[:, 0], first)
+            ddown_MD += _dot(silu_bM * up_bM * weight_b1, dy_bD, 0, 0)
+            dgate_bM = dactive_bM * weight_b1 * up_bM * (sigmoid_bM + silu_bM * (1 - sigmoid_bM))
+            dhidden_bW = jnp.concatenate([dgate_bM, dactive_bM * weight_b1 * silu_bM], 1)
+            dx_XD = dx_XD.at[token_b].add(_dot(dhidden_bW, gate_up_DW, 1, 1))
+            return dx_XD, dweight_R, dgate_up_DW + _dot(x_bD, dhidden_bW, 0, 0), ddown_MD
+
+        carry = (*carry, _zeros(x_XD, D, 2 * M), _zeros(x_XD, M, D))
+        dx_XD, dweight_R, dgate_up_DW, ddown_MD = over_blocks(size, end, rows, block, body, carry)
+        return (dx_XD, dweight_R), (dgate_up_DW[:, :M], dgate_up_DW[:, M:], ddown_MD)
+
+    of_groups = (gate_EDM, up_EDM, down_EMD, size_E, jnp.cumsum(size_E))
+    (dx_XD, dweight_R), dexperts = lax.scan(group, (_zeros(x_XD, *x_XD.shape), _zeros(x_XD, rows)), of_groups)
+    dweights_XA = jnp.zeros_like(dweight_R).at[order_R].set(dweight_R).reshape(experts_XA.shape)
+    return dx_XD, *dexperts, dweights_XA

@@ -1,0 +1,174 @@
+"""Grouped matmul: every implementation against a loop over groups in float64, forward and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
+
+IMPLEMENTATIONS = list(grouped_matmul.IMPLEMENTATIONS)
+# Products of unit normals summed over at most 256 terms in float32; bfloat16 rounds the result once, to 8 bits.
+TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
+
+
+def problem(case, dtype="float32", seed=0):
+    """x, w and the gradient of y, tail rows poisoned with NaN."""
+    rng = np.random.default_rng(seed)
+    x, w, dy = (
+        jnp.asarray(rng.normal(size=s), dtype)
+        for s in ((case.R, case.D), (len(case.sizes), case.D, case.M), (case.R, case.M))
+    )
+    tail = sum(case.sizes)
+    return x.at[tail:].set(jnp.nan), w, jnp.asarray(case.sizes, jnp.int32), dy.at[tail:].set(jnp.nan)
+
+
+def by_group(x, w, sizes, dy):
+    """y, dx, dw: one product per group, in float64."""
+    x, w, dy = (np.asarray(z, np.float64) for z in (x, w, dy))
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for e, size in enumerate(np.asarray(sizes)):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[e] = x[rows] @ w[e], dy[rows] @ w[e].T, x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+def assert_close(got, want, dtype):
+    scale = max(1.0, float(np.abs(want).max()))
+    np.testing.assert_allclose(np.asarray(got, np.float64) / scale, want / scale, atol=TOLERANCE[dtype])
+
+
+@partial(jax.jit, static_argnames="implementation")
+def gmm_and_gradients(x, w, sizes, dy, implementation=None):
+    y, vjp = jax.vjp(lambda x, w: grouped_matmul.gmm(x, w, sizes, implementation=implementation), x, w)
+    return y, *vjp(dy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ragged", "bfloat16"), *((name, "float32") for name, case in GMM.items() if "test" in case.tags)],
+)
+def test_forward_and_gradients_equal_a_loop_over_groups(name, dtype, implementation):
+    inputs = problem(GMM[name], dtype)
+    for got, want in zip(gmm_and_gradients(*inputs, implementation), by_group(*inputs), strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_pieces_of_the_gradient_are_public(implementation):
+    x, w, sizes, dy = problem(GMM["ragged"], "bfloat16")
+    _, dx, dw = by_group(x, w, sizes, dy)
+    assert_close(grouped_matmul.gmm_t(dy, w, sizes, implementation=implementation), dx, "bfloat16")
+    sums = grouped_matmul.tgmm(x, dy, sizes, implementation=implementation)
+    assert sums.dtype == jnp.float32
+    assert_close(sums, dw, "float32")
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=5, max_size=5), st.integers(0, 40))
+def test_any_group_sizes(sizes, tail):
+    rows = 5 * 90 + 40  # one shape, so that one compilation serves all examples
+    case = Gmm(R=rows, D=16, M=24, sizes=tuple(sizes))
+    x, w, sizes, dy = problem(case, seed=tail)
+    for z, want in zip(gmm_and_gradients(x, w, sizes, dy), by_group(x, w, sizes, dy), strict=True):
+        assert_close(z, want, "float32")
+
+
+def routed(case, seed=0, dtype="float32"):
+    """Inputs of expert_mlp. Some choices name an expert that is not here."""
+    rng = np.random.default_rng(seed)
+    experts = np.argsort(rng.random((case.X, case.E + 2)) ** case.skew, axis=1)[:, : case.A]
+    arrays = (rng.normal(size=s) for s in ((case.X, case.D), *2 * [(case.E, case.D, case.M)], (case.E, case.M, case.D)))
+    x, gate, up, down = (jnp.asarray(z / (1 if z.ndim == 2 else z.shape[1] ** 0.5), dtype) for z in arrays)
+    return x, gate, up, down, jnp.asarray(experts, jnp.int32), jnp.asarray(rng.random((case.X, case.A)), dtype)
+
+
+@partial(jax.jit, static_argnames=("implementation", "wrap"))
+def value_and_gradients(inputs, implementation, wrap=lambda f: f):
+    x, gate, up, down, experts, weights = inputs
+    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+
+    def run(x, gate, up, down, weights):
+        return wrap(lambda *a: grouped_matmul.expert_mlp(*a, experts, weights, implementation=implementation))(
+            x, gate, up, down
+        )
+
+    y, vjp = jax.vjp(run, x, gate, up, down, weights)
+    return y, *vjp(dy)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ragged", "bfloat16"), *((name, "float32") for name, case in MLP.items() if "test" in case.tags)],
+)
+def test_expert_mlp_equals_its_definition(name, dtype):
+    inputs = routed(MLP[name], dtype=dtype)
+    for got, want in zip(value_and_gradients(inputs, "xla"), value_and_gradients(inputs, "reference"), strict=True):
+        assert got.dtype == want.dtype
+        assert_close(got, np.asarray(want, np.float64), dtype)
+
+
+def test_expert_mlp_is_the_weighted_sum_of_plain_networks():
+    inputs = routed(MLP["ragged"])
+    x, gate, up, down, experts, weights = (np.asarray(z) for z in inputs)
+    want = np.zeros_like(x)
+    for t in range(len(x)):
+        for e, weight in zip(experts[t], weights[t], strict=True):
+            if e < len(gate):
+                h = x[t] @ gate[e]
+                want[t] += weight * (h / (1 + np.exp(-h)) * (x[t] @ up[e])) @ down[e]
+    for implementation in IMPLEMENTATIONS:
+        assert_close(grouped_matmul.expert_mlp(*inputs, implementation=implementation), want, "float32")
+
+
+@pytest.mark.parametrize("tokens", [8, 100])
+def test_nan_in_one_token_stays_there(tokens):
+    case = Mlp(X=tokens, D=32, M=16, E=6, A=2)
+    x, *rest = routed(case)
+    y = grouped_matmul.expert_mlp(x.at[3].set(jnp.nan), *rest)
+    np.testing.assert_array_equal(jnp.isnan(y).any(1), np.arange(tokens) == 3)
+
+
+def test_works_under_checkpoint_and_scan():
+    inputs = routed(MLP["ragged"])
+    plain = value_and_gradients(inputs, None)
+
+    def wrap(f):
+        return lambda x, *w: jax.lax.scan(lambda c, _: (jax.checkpoint(f)(x, *w), None), x, jnp.arange(2))[0]
+
+    for got, want in zip(value_and_gradients(inputs, None, wrap), plain, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"implementation": "gpu"}, "known: reference, xla"),
+        ({"w": jnp.zeros((3, 5, 4))}, "do not fit"),
+        ({"w": jnp.zeros((3, 8, 4), jnp.bfloat16)}, "cast one"),
+        ({"s": jnp.zeros(3)}, "integers"),
+    ],
+)
+def test_bad_input_names_the_rule(change, words):
+    arguments = {"w": jnp.zeros((3, 8, 4)), "s": jnp.zeros(3, jnp.int32), "implementation": None} | change
+    with pytest.raises(ValueError, match=words):
+        grouped_matmul.gmm(
+            jnp.zeros((6, 8)), arguments["w"], arguments["s"], implementation=arguments["implementation"]
+        )
+
+
+def test_expert_mlp_refuses_shapes_that_do_not_fit():
+    x, gate, up, down, experts, weights = routed(MLP["ragged"])
+    with pytest.raises(ValueError, match=r"gate and up are \[E,D,M\]"):
+        grouped_matmul.expert_mlp(x, gate, up, up, experts, weights)
+    with pytest.raises(ValueError, match=r"experts and weights are \[X,A\]"):
+        grouped_matmul.expert_mlp(x, gate, up, down, experts[:5], weights)
