@@ -15,17 +15,13 @@ import optax
 
 from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, Run, Stage
-from glm_jax.data.input import Rows
-from glm_jax.optim import optimizer, schedule
+from glm_jax.data.input import Microbatches
+from glm_jax.optim import Step, optimizer, steps
 from glm_jax.train import checkpoint, metrics, state
 from glm_jax.train.step import Knobs, train_step
 
 Evaluate = Callable[[config.Model, model.GLM, jax.Array], dict[str, float]]
 RESULT_FILE = "result.json"
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message has the step and the last good checkpoint."""
 
 
 def train_stage(
@@ -34,7 +30,7 @@ def train_stage(
     """Train `stage` of `run` in the folder `out` on the rows of `data`, and return its result (also `result.json`).
 
     Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else from scratch.
-    Killed at any moment and called again, it ends in the same bits.
+    Killed at any moment and called again, it ends in the same bits. FloatingPointError where the loss is no number.
     """
     if (out / RESULT_FILE).exists():
         return checkpoint.read_json(out / RESULT_FILE)
@@ -45,7 +41,7 @@ def train_stage(
     tx = optimizer(run.optim, specs)
     checkpoint.save_run(out, run, stage.name, data)
     with jax.set_mesh(device_mesh):
-        trainer = _Trainer(run, stage, cfg, tx, out, Rows(data / stage.name, stage, run.loop.seed))
+        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.data.seed))
         try:
             trainer.restore(start)
             return trainer.train(evaluate)
@@ -56,11 +52,13 @@ def train_stage(
 class _Trainer:
     """A stage under way: what must be closed, and what a checkpoint holds beside the state."""
 
-    def __init__(self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Rows):
+    def __init__(self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Microbatches):
         self.run, self.stage, self.cfg, self.tx, self.out = run, stage, cfg, tx, out
-        self.plan = schedule.Plan(run, stage)
+        self.plan = steps(run, stage)
+        self.last = self.plan.first + len(self.plan)
+        self.most_microbatches = max(self.plan[i].microbatches for i in (-1, -min(2, len(self.plan))))
         self.checkpoints = checkpoint.Checkpoints(out, keep=run.loop.keep_checkpoints)
-        self.batches = iter(rows)
+        self.batches = rows
         self.log: metrics.Log | None = None
         self.seconds = 0.0
 
@@ -91,7 +89,7 @@ class _Trainer:
             self.log.event("run", self.step, **_describe(self.run, self.stage))
             self._evaluate(evaluate, "start")
         pending = None
-        for planned in self.plan.steps(self.step):
+        for planned in self.plan.since(self.step):
             batch, knobs = self._batch(planned.microbatches), _knobs(planned)
             self.state, fetched = train_step(
                 self.state, batch, knobs, cfg=self.cfg, tx=self.tx, sequence_balance=self.run.loss.sequence_balance
@@ -100,8 +98,7 @@ class _Trainer:
             pending = (planned, fetched, time.monotonic())
             self.step = planned.index + 1
             self.seconds = time.monotonic() - begun
-            last = self.step == self.plan.last
-            if self.step % self.run.loop.checkpoint_every == 0 or last:
+            if self.step % self.run.loop.checkpoint_every == 0 or self.step == self.last:
                 pending = self._report(pending)  # a state is saved only once its loss is known to be finite
                 self._save()
             elif self.run.loop.eval_every and self.step % self.run.loop.eval_every == 0:
@@ -119,7 +116,7 @@ class _Trainer:
         """`count` microbatches, stacked and padded to the most that any step of the stage has: one compiled shape."""
         micro = [next(self.batches) for _ in range(count)]
         empty = {name: np.zeros_like(z) for name, z in micro[0].items()}
-        micro += [empty] * (self.plan.most_microbatches - count)
+        micro += [empty] * (self.most_microbatches - count)
         place = mesh.batch_sharding(jax.sharding.get_mesh())
         return {name: jax.device_put(np.stack([m[name] for m in micro]), place) for name in empty}
 
@@ -136,7 +133,7 @@ class _Trainer:
         record |= {"seconds": round(self.seconds, 3), "dispatched": round(dispatched, 3)}
         record |= metrics.load_record(values["load_LE"])
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
-            raise NonFiniteLoss(
+            raise FloatingPointError(
                 f"loss {record['loss']} and gradient norm {record['gradient_norm']} at step {step} of {self.stage.name}; "
                 f"the last good checkpoint is step {self.checkpoints.latest()}: lower schedule.peak_lr, or resume from it"
             )
@@ -158,9 +155,10 @@ class _Trainer:
     def _finish(self, seconds: float) -> dict[str, Any]:
         self.checkpoints.wait()
         evals = {r["when"]: r["bits_per_byte"] for r in metrics.read(self.out / "log.jsonl", "eval")}
+        tokens = self.plan.microbatches * self.stage.microbatch_tokens
         result = {
-            "name": self.stage.name, "seconds": round(seconds, 2), "tokens": self.plan.tokens,
-            "tokens_per_second": round(self.plan.tokens / seconds, 1), "steps": self.plan.last - self.plan.first,
+            "name": self.stage.name, "seconds": round(seconds, 2), "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1), "steps": len(self.plan),
             "start": evals.get("start", {}), "end": evals.get("end", {}),
         }  # fmt: skip
         checkpoint.write_json(self.out / RESULT_FILE, result)
@@ -188,7 +186,7 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
 _SHAPE_FIELDS = tuple("VDLNKHFMEA") + ("dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
 
 
-def _knobs(planned: schedule.Step) -> Knobs:
+def _knobs(planned: Step) -> Knobs:
     values = (planned.lr, planned.mtp_weight, planned.bias_rate)
     return Knobs(*(jnp.float32(v) for v in values), microbatches=jnp.int32(planned.microbatches))
 
