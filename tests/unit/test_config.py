@@ -1,0 +1,157 @@
+"""Configurations: changed by dotted path, compared, fingerprinted, written and read back; mistakes are explained."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import recipes
+from glm_jax import config
+from glm_jax.config import ConfigError, Model, Run, Stage, canonical, diff, fingerprint, flatten, grid, replace
+
+RECIPES = sorted(recipes.RECIPES)
+
+
+@pytest.fixture
+def tiny() -> Run:
+    return recipes.get("tiny")
+
+
+def test_replace_reaches_every_kind_of_field(tiny):
+    changes = {
+        "name": "other",
+        "model.E": 32,
+        "pretrain.0.tokens": 10**6,
+        "pretrain.1.mixture.code": 0.5,
+        "data.paths": ("a", "b"),
+        "mesh.fsdp": 4,
+    }
+    changed = replace(tiny, **changes)
+    assert {path: flatten(changed)[path] for path in changes} == changes
+    assert diff(changed, tiny) == {path: (flatten(tiny)[path], value) for path, value in changes.items()}
+    assert replace(changed, **{path: flatten(tiny)[path] for path in changes}) == tiny
+
+
+def test_replace_keeps_the_original(tiny):
+    before = fingerprint(tiny)
+    replace(tiny, **{"pretrain.0.mixture.code": 0.9, "model.D": 256})
+    assert fingerprint(tiny) == before
+
+
+def test_every_path_of_flatten_is_one_that_replace_takes(tiny):
+    for path, value in flatten(tiny).items():
+        assert replace(tiny, **{path: value}) == tiny
+
+
+def test_grid_is_every_combination_of_the_axes(tiny):
+    runs = list(grid(tiny, **{"model.E": (8, 16), "loop.seed": (0, 1, 2)}))
+    assert [tuple(changes.values()) for changes, _ in runs] == [(e, s) for e in (8, 16) for s in (0, 1, 2)]
+    assert all((run.model.E, run.loop.seed) == tuple(changes.values()) for changes, run in runs)
+    assert len({fingerprint(run) for _, run in runs}) == 6
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_run_writes_is_what_is_read(name):
+    run = recipes.get(name)
+    read = config.from_canonical(json.loads(json.dumps(canonical(run))))
+    assert read == run
+    assert type(read) is Run
+    assert fingerprint(read) == fingerprint(run)
+
+
+def test_fingerprints_are_equal_exactly_where_configurations_are(tiny):
+    for path, value in flatten(tiny).items():
+        nudged = not value if isinstance(value, bool) else value * 2 if isinstance(value, int | float) else value
+        try:
+            changed = replace(tiny, **{path: nudged})
+        except ConfigError:
+            continue  # twice the value broke a rule: another test's matter
+        assert (fingerprint(changed) == fingerprint(tiny)) == (changed == tiny), path
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_a_mixture():
+    one, other = ({"code": 0.5, "math": 0.5}, {"math": 0.5, "code": 0.5})
+    assert fingerprint(_stage(mixture=one)) == fingerprint(_stage(mixture=other))
+
+
+def test_a_fingerprint_knows_the_class():
+    @dataclasses.dataclass(frozen=True)
+    class Loss:
+        sequence_balance: float = 1e-4
+
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        sequence_balance: float = 1e-4
+
+    assert fingerprint(Loss()) == fingerprint(config.Loss())
+    assert fingerprint(Other()) != fingerprint(config.Loss())
+
+
+@pytest.mark.parametrize(
+    ("changes", "value_rule_way_out"),
+    [
+        ({"model.K": 3}, ("K=3", "N=4", "divisor of 4")),
+        ({"model.A": 17}, ("A=17", "E=16", "at most 16")),
+        ({"model.D": 0}, ("D=0", "at least 1")),
+        ({"model.rope_fraction": 0.1}, ("rope_fraction=0.1", "even number")),
+        ({"schedule.final_lr": 1.0}, ("final_lr=1.0", "0..peak_lr")),
+        ({"schedule.batch_tokens": 8193}, ("8193", "microbatch_tokens=4096", "stage1")),
+        ({"pretrain.0.seq_len": 8192}, ("seq_len=8192", "max_positions=4096")),
+        ({"pretrain.0.mixture": {"code": -1.0}}, ("stage1", "-1.0", ">= 0")),
+        ({"pretrain.1.name": "stage1"}, ("stage1", "must differ")),
+        ({"mesh.data": -1}, ("-1", "at most one")),
+        ({"data.held_out": 0.5}, ("held_out=0.5", "(0, 0.5)")),
+    ],
+)
+def test_a_broken_rule_names_value_rule_and_way_out(tiny, changes, value_rule_way_out):
+    with pytest.raises(ConfigError) as error:
+        replace(tiny, **changes)
+    for part in value_rule_way_out:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "offered"),
+    [("modle.E", "'model'"), ("model.rope_teta", "'rope_theta'"), ("pretrain.7.tokens", "index below 2")],
+)
+def test_an_unknown_path_offers_the_nearest(tiny, path, offered):
+    with pytest.raises(ConfigError, match=offered):
+        replace(tiny, **{path: 1})
+
+
+def test_nothing_lies_below_a_number(tiny):
+    with pytest.raises(ConfigError, match="nothing lies below int"):
+        replace(tiny, **{"model.E.x": 1})
+
+
+def test_an_unknown_recipe_offers_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown recipe 'tinny'; did you mean 'tiny'\? known: .*glm45"):
+        recipes.get("tinny")
+
+
+@pytest.mark.parametrize(
+    ("written", "offered"),
+    [({"class": "Modle"}, "'Model'"), ({"class": "Loss", "sequence_balanc": 0.0}, "'sequence_balance'")],
+)
+def test_a_file_of_another_version_is_refused_by_name(written, offered):
+    with pytest.raises(ConfigError, match=offered):
+        config.from_canonical(written)
+
+
+def test_derived_sizes():
+    model = Model(D=64, N=8, K=2, H=16, L=5, dense_layers=2)
+    assert (model.G, model.U, model.rotary, model.moe_layers, model.router_rows) == (4, 128, 8, 3, 4)
+    assert model.size("E") == model.E
+    with pytest.raises(ConfigError, match="'T' is not a model size"):
+        model.size("T")
+
+
+def test_tokens_before_a_stage(tiny):
+    first, second = tiny.pretrain
+    assert tiny.tokens_before("stage1") == 0
+    assert tiny.tokens_before("midtrain") == first.tokens + second.tokens
+    assert tiny.total_tokens == sum(stage.tokens for stage in tiny.stages)
+
+
+def _stage(**changes) -> Stage:
+    return Stage(**{"name": "s", "tokens": 1024, "seq_len": 64, "rope_theta": 1e4, "microbatch_rows": 2, **changes})

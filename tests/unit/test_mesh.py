@@ -1,0 +1,88 @@
+"""Device meshes: sizes from a configuration, layouts from letters, and errors that say what would fit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from experiments import recipes
+from glm_jax import config, mesh, model
+from glm_jax.config import ConfigError, replace
+
+TINY = recipes.get("tiny").model
+
+
+def abstract(data: int, fsdp: int, expert: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp, expert), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def test_one_device_is_a_mesh_of_size_one():
+    made = mesh.make(config.Mesh(), jax.devices()[:1])
+    assert dict(made.shape) == {"data": 1, "fsdp": 1, "expert": 1}
+    assert set(made.axis_types) == {AxisType.Explicit}
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"fsdp": 3}, {"data": 2, "fsdp": 1, "expert": 2}])
+def test_a_mesh_that_does_not_fit_says_what_would(sizes):
+    with pytest.raises(ConfigError) as error:
+        mesh.make(config.Mesh(**sizes), jax.devices()[:1])
+    for name, size in sizes.items():
+        assert f"{name}={size}" in str(error.value)
+    assert "does not fit 1 devices; make the product 1, or set one size to -1" in str(error.value)
+
+
+def test_experts_that_cannot_be_split():
+    with pytest.raises(
+        ConfigError, match=r"E=16 cannot be split over expert axis of 3; use a divisor of 16 for mesh.expert"
+    ):
+        mesh.check(abstract(1, 1, 3), model.specs(TINY), rows=3)
+
+
+def test_width_that_cannot_be_split():
+    with pytest.raises(
+        ConfigError, match=r"D=128 cannot be split over fsdp axis of 3; use a divisor of 128 for mesh.fsdp"
+    ):
+        mesh.check(abstract(1, 3, 1), model.specs(TINY), rows=3)
+
+
+def test_rows_that_cannot_be_split():
+    with pytest.raises(ConfigError, match=r"B=6 rows cannot be split over 4 devices .* multiple of 4"):
+        mesh.check(abstract(2, 2, 1), model.specs(TINY), rows=6)
+
+
+def test_what_fits_passes():
+    mesh.check(abstract(2, 2, 2), model.specs(TINY), rows=16)
+    mesh.check(abstract(1, 64, 8), model.specs(recipes.get("glm45").model), rows=512)
+
+
+def test_layouts_follow_the_letters():
+    specs = model.specs(TINY)
+    experts, router = specs.moe.ffn.gate_EDM, specs.moe.ffn.router_DE
+    assert experts.dims == "LEDM"
+    assert mesh.at_rest(experts) == P(None, "expert", "fsdp", None)
+    assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
+    assert mesh.at_rest(router) == P(None, "fsdp", None)  # its E does not follow the experts'
+    assert mesh.activation("BTD") == P(mesh.BATCH, None, None)
+
+
+def test_without_a_mesh_nothing_moves():
+    x_BT = jnp.ones((2, 3))
+    assert not mesh.active()
+    assert mesh.axis_size("expert") == 1
+    assert mesh.constrain(x_BT, "BT") is x_BT
+    assert mesh.out_sharding("BT") is None
+
+    def double(x_BT):
+        return 2 * x_BT
+
+    assert mesh.per_shard(double, ("BT",), "BT") is double
+
+
+def test_every_recipe_fits_its_mesh_on_a_pod():
+    for name in recipes.RECIPES:
+        run = recipes.get(name)
+        sizes = run.mesh.data, 8 if run.mesh.fsdp == -1 else run.mesh.fsdp, run.mesh.expert
+        run = replace(run, **{"model.L": min(run.model.L, 8)})
+        for stage in run.stages:
+            mesh.check(abstract(*sizes), model.specs(run.model), rows=stage.microbatch_rows * 8)
