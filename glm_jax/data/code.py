@@ -126,8 +126,8 @@ def _import_statements(text: str, path: str, path_of: dict[str, str]) -> list[tu
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                found.append((_above(alias.name, None, path, path_of), None, alias.asname or alias.name))
+            bases = [_above(alias.name, None, path, path_of) for alias in node.names]
+            found += [(base, None, a.asname or a.name) for base, a in zip(bases, node.names, strict=True)]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:

@@ -17,6 +17,7 @@ from glm_jax.data.document import DataError
 from glm_jax.data.packing import LOOKAHEAD, Plan
 
 Batch = dict[str, np.ndarray]
+_PASSES = 2**31  # no end in sight; with grain's own endless repeat the length overflows for one row a batch
 
 
 class Rows:
@@ -90,7 +91,8 @@ class Microbatches:
 
     def __init__(self, folder: Path, stage: Stage, seed: int = 0):
         self.rows = Rows(folder, stage)
-        dataset = grain.MapDataset.source(self.rows).shuffle(seed=seed).repeat().batch(stage.microbatch_rows)
+        endless = grain.MapDataset.source(self.rows).shuffle(seed=seed).repeat(_PASSES)
+        dataset = endless.batch(stage.microbatch_rows)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
         self._identity = f"{self.rows.facts['key']}/{seed}/{stage.microbatch_rows}"
 

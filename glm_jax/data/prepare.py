@@ -210,10 +210,10 @@ def _tokenizer(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) 
 
 def _domain_shares(run: Run, documents: list[Document]) -> dict[str, float]:
     """How much of its text the tokenizer is trained on from each domain: as the stages will read it."""
-    sizes = Counter({name: 0 for name in DOMAINS})
+    sizes = Counter(dict.fromkeys(DOMAINS, 0))
     for document in documents:
         sizes[document.domain] += document.size
-    shares = dict.fromkeys(DOMAINS, 0.0)
+    shares: dict[str, float] = dict.fromkeys(DOMAINS, 0.0)
     for stage in run.stages:
         mixture = stage.mixture or dict(sizes)
         for name in DOMAINS:

@@ -197,7 +197,7 @@ def _topics(path: Path, drops: Counter[str]) -> Iterator[Document]:
 
 def _readme(distribution: str, drops: Counter[str]) -> Iterator[Document]:
     try:
-        text = importlib.metadata.metadata(distribution).get_payload()
+        text = importlib.metadata.metadata(distribution)["Description"]
     except importlib.metadata.PackageNotFoundError:
         drops["readme not installed"] += 1
         return

@@ -69,7 +69,8 @@ class Tokenizer:
         controls, tags = SPECIAL_TOKENS[:_CONTROL], SPECIAL_TOKENS[_CONTROL:]
         self._full.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in controls])
         self._full.add_tokens([AddedToken(name, special=False, normalized=False) for name in tags])
-        self._ids = {name: self._full.token_to_id(name) for name in SPECIAL_TOKENS}
+        vocabulary = self._full.get_vocab()
+        self._ids = {name: vocabulary[name] for name in SPECIAL_TOKENS}
         self._special_ids = frozenset(self._ids.values())
 
     def encode(self, text: str, special: bool = False) -> list[int]:
