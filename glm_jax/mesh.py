@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from glm_jax import config
 from glm_jax.config import ConfigError
@@ -100,6 +100,19 @@ def on_devices(structs: Any) -> Any:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(there, layout))
 
     return jax.tree.map(place, structs)
+
+
+def concrete(shapes: Any) -> Any:
+    """ShapeDtypeStructs from `jax.eval_shape`, with their layouts on the devices of the mesh that is set, or on the
+    default device."""
+
+    def place(z: Any) -> jax.ShapeDtypeStruct:
+        where = SingleDeviceSharding(jax.devices()[0])
+        if active():
+            where = NamedSharding(jax.sharding.get_mesh(), z.sharding.spec if z.sharding else PartitionSpec())
+        return jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=where)
+
+    return jax.tree.map(place, shapes)
 
 
 def active() -> bool:

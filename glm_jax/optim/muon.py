@@ -101,14 +101,16 @@ def _iterate(x_BPQ: Array, steps: int) -> Array:
     """`steps` times x <- a x + (b A + c A A) x with A = x x^T, on the side where A is smaller."""
     a, b, c = COEFFICIENTS
     dtype = x_BPQ.dtype
-    tall = x_BPQ.shape[-2] > x_BPQ.shape[-1]
-    x_BPQ = jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
-    for _ in range(steps):
+
+    def step(_: Any, x_BPQ: Array) -> Array:
         gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
         low_BPP = gram_BPP.astype(dtype)
         poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
-        x_BPQ = (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
-    return jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
+        return (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
+
+    if x_BPQ.shape[-2] > x_BPQ.shape[-1]:
+        return jnp.swapaxes(jax.lax.fori_loop(0, steps, step, jnp.swapaxes(x_BPQ, -1, -2)), -1, -2)
+    return jax.lax.fori_loop(0, steps, step, x_BPQ)
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:

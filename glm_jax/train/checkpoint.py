@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, Model, Run, from_canonical
+from glm_jax.train import state
 from glm_jax.train.state import State
 
 RUN_FILE = "run.json"
@@ -29,9 +30,9 @@ class Checkpoints:
         """The last committed step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Write `state` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    def save(self, step: int, now: State, meta: dict[str, Any]) -> None:
+        """Write `now` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(now), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
@@ -43,17 +44,11 @@ class Checkpoints:
     def restore_params(self, step: int, cfg: Model) -> tuple[model.GLM, jax.Array]:
         """Parameters and router bias alone, on the mesh that is set or the default device; the optimizer's state is
         never read."""
-        like = jax.eval_shape(lambda: model.init(cfg, jax.random.key(0)))
-        wanted = {"params": like[0], "router_bias_LE": like[1]}
-        if mesh.active():
-            specs, here = model.specs(cfg), jax.sharding.get_mesh()
-            wanted["params"] = jax.tree.map(
-                lambda z, sharding: jax.ShapeDtypeStruct(z.shape, z.dtype, sharding=sharding),
-                wanted["params"], mesh.shardings(here, specs),
-            )  # fmt: skip
+        params, router_bias_LE = jax.eval_shape(lambda: state.fresh(cfg, jax.random.key(0)))
+        wanted = {"params": mesh.concrete(params), "router_bias_LE": mesh.concrete(router_bias_LE)}
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True))
-        state = self._manager.restore(step, args=args)["state"]
-        return state["params"], state["router_bias_LE"]
+        restored = self._manager.restore(step, args=args)["state"]
+        return restored["params"], restored["router_bias_LE"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

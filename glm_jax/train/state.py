@@ -22,15 +22,20 @@ def create(cfg: Model, tx: optax.GradientTransformation, seed: int) -> State:
     """A fresh state, float32, laid out over the mesh that is set; every array is born on its own devices."""
 
     def make(key: Array) -> State:
-        params, router_bias_LE = model.init(cfg, key)
-        if mesh.active():
-            at_rest = jax.tree.map(mesh.at_rest, model.specs(cfg))
-            params = jax.tree.map(jax.sharding.reshard, params, at_rest)
+        params, router_bias_LE = fresh(cfg, key)
         return State(jnp.zeros((), jnp.int32), params, router_bias_LE, tx.init(params))
 
     return jax.jit(make)(jax.random.key(seed))
 
 
+def fresh(cfg: Model, key: Array) -> tuple[model.GLM, Array]:
+    """`model.init`, laid out over the mesh that is set; to be traced."""
+    params, router_bias_LE = model.init(cfg, key)
+    if mesh.active():
+        params = jax.tree.map(jax.sharding.reshard, params, jax.tree.map(mesh.at_rest, model.specs(cfg)))
+    return params, router_bias_LE
+
+
 def abstract(cfg: Model, tx: optax.GradientTransformation) -> State:
-    """Shapes, dtypes and layouts of `create`'s result, without computing it."""
-    return jax.eval_shape(lambda: create(cfg, tx, 0))
+    """Shapes, dtypes and layouts of `create`'s result, without computing it: what a checkpoint is restored into."""
+    return mesh.concrete(jax.eval_shape(lambda: create(cfg, tx, 0)))
