@@ -7,6 +7,7 @@ docstrings and readme pages are the general domain; docstrings with LaTeX are ma
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sysconfig
@@ -35,7 +36,7 @@ LATEX = re.compile(r":math:|\.\. math::|\\(?:frac|sum|int|sqrt|mathbb|mathrm|beg
 _GENERATED = re.compile(r"generated (from|by|with)|do not edit", re.IGNORECASE)
 _SHORTEST = 64  # characters of a document
 _SHORTEST_DOCSTRING = 200
-_HIDDEN = re.compile(r"(^|/)(\.[^/]+|__pycache__|node_modules)(/|$)")
+_CACHES = ("__pycache__", "node_modules")
 _SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__)(/|$)")
 
 
@@ -98,17 +99,18 @@ def list_folder(root: Path) -> list[Path]:
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise DataError(f"{root} {problem}; give --data.paths folders of text or code")
-    try:
-        next(iter(root.iterdir()), None)
-        files = [path for path in root.rglob("*") if path.is_file()]
-    except PermissionError as error:
-        problem = f"{error.filename or root} cannot be read"
-        raise DataError(f"{problem}; change its permissions or leave it out of --data.paths") from error
-    named = sorted((path.relative_to(root).as_posix(), path) for path in files)
-    named = [(name, path) for name, path in named if not _HIDDEN.search(name)]
-    if not named:
+
+    def refuse(error: OSError) -> None:
+        way_out = "change its permissions or leave it out of --data.paths"
+        raise DataError(f"{error.filename or root} cannot be read; {way_out}") from error
+
+    files = []
+    for here, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in _CACHES]
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    if not files:
         raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out")
-    return [path for _, path in named]
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def cut(text: str, max_bytes: int) -> list[str]:
