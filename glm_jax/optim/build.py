@@ -17,7 +17,7 @@ def optimizer(cfg: Optim, specs: Any) -> optax.GradientTransformation:
     """Gradients to *directions*: the train step does `params - lr * direction`, lr read from the schedule.
 
     Decoupled weight decay is inside the direction, so that the learning rate multiplies it too:
-    W (1 - lr wd) - lr update. Clipping by the global norm comes first; the step's own `optax.global_norm(grads)`
+    W (1 - lr wd) - lr update. Clipping by the global norm comes first; the step's own `optax.tree.norm(grads)`
     for the log is the same expression and compiled once.
     """
     muon = scale_by_muon(

@@ -99,11 +99,12 @@ def steps(run: Run, stage: Stage | str) -> Steps:
 
 def _lr(s: Schedule, tokens: int, total: int) -> float:
     """The lower of the warm-up line and the decay. Cosine runs over all tokens of pre- and mid-training."""
-    span = s.peak_lr - s.final_lr
+    done = min(tokens / total, 1.0)
     if s.kind == "cosine":
-        decayed = s.final_lr + span * (1 + math.cos(math.pi * min(tokens / total, 1.0))) / 2
+        fallen = (1 - math.cos(math.pi * done)) / 2
     else:
-        decayed = s.final_lr + span * min(1.0, max(0.0, (1 - tokens / total) / s.wsd_decay_fraction))
+        fallen = max(0.0, 1 - (1 - done) / s.wsd_decay_fraction)
+    decayed = s.peak_lr - (s.peak_lr - s.final_lr) * fallen
     return min(s.peak_lr * tokens / s.warmup_tokens, decayed) if tokens < s.warmup_tokens else decayed
 
 

@@ -46,7 +46,8 @@ class Checkpoints:
         never read."""
         params, router_bias_LE = jax.eval_shape(lambda: state.fresh(cfg, jax.random.key(0)))
         wanted = {"params": mesh.concrete(params), "router_bias_LE": mesh.concrete(router_bias_LE)}
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, partial_restore=True))
+        how = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
         restored = self._manager.restore(step, args=args)["state"]
         return restored["params"], restored["router_bias_LE"]
 

@@ -41,7 +41,7 @@ def train_stage(
     tx = optimizer(run.optim, specs)
     checkpoint.save_run(out, run, stage.name, data)
     with jax.set_mesh(device_mesh):
-        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.data.seed))
+        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed))
         try:
             trainer.restore(start)
             return trainer.train(evaluate)
