@@ -82,26 +82,6 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
-def shapes(specs: Any, dtype: Any) -> Any:
-    """`jax.ShapeDtypeStruct` for every weight of `specs`, laid out at rest where a mesh is set."""
-    return jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=at_rest(spec) if active() else None), specs
-    )
-
-
-def on_devices(structs: Any) -> Any:
-    """`structs`, as `jax.eval_shape` returns them, with shardings on the devices of the mesh that is set."""
-    if not active():
-        return structs
-    there = jax.sharding.get_mesh()
-
-    def place(s: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        layout = s.sharding.spec if s.sharding else PartitionSpec()
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(there, layout))
-
-    return jax.tree.map(place, structs)
-
-
 def concrete(shapes: Any) -> Any:
     """ShapeDtypeStructs from `jax.eval_shape`, with their layouts on the devices of the mesh that is set, or on the
     default device."""

@@ -1,11 +1,11 @@
 """How weights move: Muon and AdamW, the schedule over all stages, loss-free balancing."""
 
 from glm_jax.optim.balance import balance
-from glm_jax.optim.build import muon, optimizer, owner, state_shapes
+from glm_jax.optim.build import muon, optimizer, owner
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
 from glm_jax.optim.schedule import Knobs, Step, Steps, knobs, steps
 
 __all__ = [
     "Knobs", "Step", "Steps", "balance", "knobs", "muon", "newton_schulz", "optimizer", "owner", "scale_by_muon",
-    "state_shapes", "steps",
+    "steps",
 ]  # fmt: skip

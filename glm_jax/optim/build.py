@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax import mesh
 from glm_jax.config import Optim
 from glm_jax.optim.muon import scale_by_muon
 from glm_jax.spec import Spec
@@ -52,11 +51,3 @@ def muon(learning_rate: float | optax.Schedule, specs: Any, cfg: Optim = Optim()
     matrices from D to F.
     """
     return optax.chain(optimizer(cfg, specs), optax.scale_by_learning_rate(learning_rate))
-
-
-def state_shapes(tx: optax.GradientTransformation, specs: Any, dtype: Any = jnp.float32) -> Any:
-    """The optimizer's state as `jax.ShapeDtypeStruct`s, no array made: momenta lie where their weights lie.
-
-    Call it under `jax.set_mesh`; the structs then carry shardings, which is what a checkpoint is restored into.
-    """
-    return mesh.on_devices(jax.eval_shape(tx.init, mesh.shapes(specs, dtype)))

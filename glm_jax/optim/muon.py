@@ -8,6 +8,7 @@ orthogonalised, and the momentum lies where its weight lies.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +28,12 @@ class MuonState(NamedTuple):
     momentum: Any  # float32, a tree like the parameters'
 
 
+@partial(jax.jit, static_argnames=("steps", "dtype"))
 def newton_schulz(x_BPQ: Array, steps: int = 5, dtype: DType = "float32") -> Array:
-    """Each P-by-Q matrix with its singular values pushed towards one (the quintic leaves them in about 0.7..1.2).
+    """Each P-by-Q matrix with its singular values pushed towards one; any number of batch dimensions.
 
-    Any number of batch dimensions. Products take `dtype` in and accumulate in float32; the result has `dtype`.
+    The quintic of the published coefficients does not converge: it leaves values between 0.68 and 1.21, and what is
+    below about 1 % of the norm lower. Products take `dtype` in and accumulate in float32; the result has `dtype`.
     """
     return _iterate(_unit(x_BPQ, (-2, -1)).astype(dtype), steps)
 

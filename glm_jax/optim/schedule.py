@@ -100,10 +100,8 @@ def steps(run: Run, stage: Stage | str) -> Steps:
 def _lr(s: Schedule, tokens: int, total: int) -> float:
     """The lower of the warm-up line and the decay. Cosine runs over all tokens of pre- and mid-training."""
     done = min(tokens / total, 1.0)
-    if s.kind == "cosine":
-        fallen = (1 - math.cos(math.pi * done)) / 2
-    else:
-        fallen = max(0.0, 1 - (1 - done) / s.wsd_decay_fraction)
+    wsd = max(0.0, 1 - (1 - done) / s.wsd_decay_fraction)
+    fallen = (1 - math.cos(math.pi * done)) / 2 if s.kind == "cosine" else wsd
     decayed = s.peak_lr - (s.peak_lr - s.final_lr) * fallen
     return min(s.peak_lr * tokens / s.warmup_tokens, decayed) if tokens < s.warmup_tokens else decayed
 
