@@ -160,7 +160,8 @@ def _layout(spec: Spec, rules: dict[str, str]) -> PartitionSpec:
 
 
 def _whole(spec: Spec, shape: tuple[int, ...]) -> PartitionSpec:
-    free, layout, sizes = list(AXES), dict.fromkeys(spec.dims, ()), dict(zip(spec.dims, shape, strict=True))
+    free, sizes = list(AXES), dict(zip(spec.dims, shape, strict=True))
+    layout: dict[str, tuple[str, ...]] = dict.fromkeys(spec.dims, ())
     for letter, axis in (("E", EXPERT), ("L", "fsdp"), ("E", "fsdp")):
         if letter not in spec.batch or axis not in free:
             continue

@@ -57,10 +57,10 @@ def scale_by_muon(
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(lambda w: jnp.zeros_like(w, dtype=jnp.float32), params))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        new = jax.tree.map(lambda g, m: momentum * m + g.astype(jnp.float32), grads, state.momentum)
-        ahead = jax.tree.map(lambda g, m: g.astype(jnp.float32) + momentum * m, grads, new) if nesterov else new
+        new = jax.tree.map(lambda g, m: momentum * m + g.astype(jnp.float32), updates, state.momentum)
+        ahead = jax.tree.map(lambda g, m: g.astype(jnp.float32) + momentum * m, updates, new) if nesterov else new
 
         def direction(spec: Spec, u: Any) -> Any:
             if isinstance(u, optax.MaskedNode):
