@@ -1,0 +1,144 @@
+"""The whole story in miniature on this machine: documents, both pre-training stages, mid-training, a report to look at.
+
+    python -m experiments.quickstart --recipe tiny --out runs/quickstart      (ten minutes on two cores)
+    python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in about a minute)
+
+It calls what experiments.data, pretrain, midtrain and evaluate call, in one process. Run it again to go on where it was
+interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the
+figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import cli, recipes
+from glm_jax.config import ConfigError, Run, diff, fingerprint
+
+SAMPLE_TOKENS = 96
+PROMPT_TOKENS = 48
+OWN_PROMPTS = ("The purpose of this module is", "def factorial(n):\n", "class Stack:\n    ")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of the quickstart."""
+
+    out: Path = Path("runs/quickstart")
+    """The run's folder."""
+
+
+def main(args: Args, run: Run) -> None:
+    from experiments import evaluate, midtrain, pretrain
+    from glm_jax.evals import report, told
+    from glm_jax.train import checkpoint, loop
+
+    _check(args.out, run)
+    first, last = run.stages[0].name, run.stages[-1].name
+    parts = [
+        *(
+            (f"{stage.name}/{loop.RESULT_FILE}", lambda n=n: pretrain.main(pretrain.Args(stage=n, out=args.out), run))
+            for n, stage in enumerate(run.pretrain, start=1)
+        ),
+        (f"{first}/{told.SAMPLES_FILE}", lambda: _write_samples(args.out / first)),
+        (f"{last}/{loop.RESULT_FILE}", lambda: midtrain.main(midtrain.Args(out=args.out), run)),
+        (f"{last}/{told.SAMPLES_FILE}", lambda: _write_samples(args.out / last)),
+        (
+            report.EVALUATION_FILE,
+            lambda: checkpoint.write_json(args.out / report.EVALUATION_FILE, evaluate.measure(args.out / last)),
+        ),
+    ]
+    clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
+    for done, work in parts:
+        print(f"{done.removesuffix('.json')}{'  is there' if (args.out / done).exists() else ''}", file=sys.stderr)
+        if not (args.out / done).exists():
+            work()
+            clock.save()
+    print(report.summary(report.write(args.out)))
+    print(f"\n{args.out / report.HTML_FILE}")
+
+
+class _Clock:
+    """Wall time and memory of all processes that worked on a run, kept in its folder."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        from glm_jax.train import checkpoint
+
+        self._path, self._facts, self._begun = path, facts, time.monotonic()
+        self._before = checkpoint.read_json(path) if path.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
+
+    def save(self) -> None:
+        from glm_jax.train import checkpoint
+
+        seconds = self._before["seconds"] + time.monotonic() - self._begun
+        peak = max(self._before["peak_rss_gb"], _peak_rss_gb())
+        checkpoint.write_json(self._path, {**self._facts, "seconds": round(seconds, 1), "peak_rss_gb": round(peak, 3)})
+
+
+def _peak_rss_gb() -> float:
+    """The most memory that this process has had, plus the most that one of its children had; GB of 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (
+        sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
+    )
+
+
+def _check(out: Path, run: Run) -> None:
+    """Refuse a folder that holds stages of another run: the report must be of one."""
+    from glm_jax.train import checkpoint
+
+    for stage in run.stages:
+        if not (out / stage.name / checkpoint.RUN_FILE).exists():
+            continue
+        saved = checkpoint.load_run(out / stage.name)[0]
+        if fingerprint(saved) != fingerprint(run):
+            told = ", ".join(f"{path} {theirs} there, {ours} now" for path, (theirs, ours) in diff(run, saved).items())
+            raise ConfigError(
+                f"{out / stage.name} was made by another run: {told}; give another --out, or delete {out}"
+            )
+
+
+def _changes(run: Run) -> dict[str, list[Any]]:
+    """Field -> [the recipe's value, this run's]."""
+    recipe = recipes.RECIPES.get(run.name)
+    return {path: list(both) for path, both in diff(run, recipe()).items()} if recipe else {}
+
+
+def _write_samples(folder: Path) -> None:
+    """Let the stage's model continue held-out documents (the true continuation stands beside) and our own prompts."""
+    from glm_jax.data.document import DOMAINS
+    from glm_jax.data.heldout import read_held_out
+    from glm_jax.data.prepare import load_tokenizer
+    from glm_jax.evals import told
+    from glm_jax.sample import engine
+    from glm_jax.train import checkpoint
+
+    run, params, router_bias_LE, data = checkpoint.load_params(folder)
+    tokenizer = load_tokenizer(data)
+    samples: list[dict[str, Any]] = []
+    prompts = []
+    for domain in DOMAINS:
+        documents = tokenizer.encode_batch([d.text for d in read_held_out(data, domain)])
+        ids = next((ids for ids in documents if len(ids) >= PROMPT_TOKENS + SAMPLE_TOKENS), None)
+        if ids is not None:
+            truth = ids[PROMPT_TOKENS : PROMPT_TOKENS + SAMPLE_TOKENS]
+            samples.append({"source": f"held-out {domain}", "truth": tokenizer.decode(truth)})
+            prompts.append(ids[:PROMPT_TOKENS])
+    samples += [{"source": "a prompt of ours", "truth": None} for _ in OWN_PROMPTS]
+    prompts += tokenizer.encode_batch(OWN_PROMPTS)
+    settings = engine.Sampling(temperature=0.7, top_p=0.95, max_new_tokens=SAMPLE_TOKENS, stop_ids=(tokenizer.end,))
+    done = engine.generate(
+        run.model, params, router_bias_LE, [[tokenizer.end, *prompt] for prompt in prompts], settings=settings
+    )
+    for sample, prompt, completion in zip(samples, prompts, done, strict=True):
+        sample |= {"prompt": tokenizer.decode(prompt), "ended": completion.finish == "stop"}
+        sample["continuation"] = tokenizer.decode(completion.ids, skip_special=True)
+    described = {"temperature": settings.temperature, "top_p": settings.top_p, "samples": samples}
+    checkpoint.write_json(folder / told.SAMPLES_FILE, described)
+
+
+if __name__ == "__main__":
+    cli.main(main)
