@@ -33,7 +33,9 @@ class Args:
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Train one pre-training stage; returns its result."""
     if args.stage > len(run.pretrain):
-        raise ConfigError(f"recipe {run.name!r} has {len(run.pretrain)} pre-training stages; --stage {args.stage} is none of them")
+        raise ConfigError(
+            f"recipe {run.name!r} has {len(run.pretrain)} pre-training stages; --stage {args.stage} is none of them"
+        )
     return train(run, run.pretrain[args.stage - 1], args.out, args.from_, args.data_folder)
 
 

@@ -58,7 +58,8 @@ class Model:
     routed_scale: float = 2.5
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    dtype: DType = "bfloat16"  # of activations and matmul inputs; parameters keep theirs, softmax, norms and router are float32
+    # of activations and matmul inputs; parameters keep theirs, and softmax, norms and router compute in float32
+    dtype: DType = "bfloat16"
     balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
     remat: Literal["none", "layer"] = "layer"
     implementation: str | None = None  # of the kernels; None: the best that applies
@@ -191,7 +192,9 @@ class Stage:
     def __post_init__(self):
         _require(self.tokens > 0, f"stage {self.name}: tokens={self.tokens} must be positive")
         _require(self.seq_len >= 8, f"stage {self.name}: seq_len={self.seq_len} must be at least 8")
-        _require(self.microbatch_rows >= 1, f"stage {self.name}: microbatch_rows={self.microbatch_rows} must be at least 1")
+        _require(
+            self.microbatch_rows >= 1, f"stage {self.name}: microbatch_rows={self.microbatch_rows} must be at least 1"
+        )
         _require(0 <= self.fim_rate <= 1, f"stage {self.name}: fim_rate={self.fim_rate} must lie in 0..1")
         _require(
             not self.mixture or (min(self.mixture.values()) >= 0 and sum(self.mixture.values()) > 0),
@@ -232,7 +235,10 @@ class Mesh:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.expert)
-        _require(all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1, f"mesh {sizes}: sizes are positive, at most one is -1")
+        _require(
+            all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
+            f"mesh {sizes}: sizes are positive, at most one is -1",
+        )
 
 
 @dataclass(frozen=True)
@@ -270,7 +276,12 @@ class Run:
                 f"stage {stage.name}: seq_len={stage.seq_len} exceeds max_positions={self.model.max_positions}",
             )
             for which in ("batch_tokens_start", "batch_tokens"):
-                _divides("microbatch_tokens", stage.microbatch_tokens, f"stage {stage.name}: schedule.{which}", getattr(self.schedule, which))
+                _divides(
+                    "microbatch_tokens",
+                    stage.microbatch_tokens,
+                    f"stage {stage.name}: schedule.{which}",
+                    getattr(self.schedule, which),
+                )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -358,7 +369,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def diff(config: Any, baseline: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted path -> (baseline's value, this one's) where the two differ."""
     ours, theirs = flatten(config), flatten(baseline)
-    return {path: (theirs.get(path), ours.get(path)) for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)}
+    return {
+        path: (theirs.get(path), ours.get(path)) for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)
+    }
 
 
 _CLASSES = {cls.__name__: cls for cls in (Model, Optim, Schedule, Loss, Stage, Data, Mesh, Loop, Run)}

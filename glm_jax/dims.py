@@ -29,5 +29,7 @@ def check(dims: str) -> str:
     """Return `dims` if every letter is in the table; a ValueError names the first that is not."""
     for letter in dims:
         if letter not in LETTERS:
-            raise ValueError(f"unknown dimension letter {letter!r} in {dims!r}; the letters are {''.join(LETTERS)} (glm_jax/dims.py)")
+            raise ValueError(
+                f"unknown dimension letter {letter!r} in {dims!r}; the letters are {''.join(LETTERS)} (glm_jax/dims.py)"
+            )
     return dims

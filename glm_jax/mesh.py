@@ -26,7 +26,7 @@ IN_USE = {"E": "expert"}  # the same while a layer computes: the fsdp shards hav
 ACTIVATIONS = {"B": BATCH, "X": BATCH}
 
 
-def make(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A mesh of `devices` (all there are by default) with the sizes of `cfg`; one size may be -1, what is left."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = [cfg.data, cfg.fsdp, cfg.expert]

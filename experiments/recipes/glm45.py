@@ -38,7 +38,9 @@ def air() -> Run:
     )
 
 
-def _stage(name: str, tokens: int, seq_len: int, theta: float, mixture: dict[str, float], midtrain: bool = False) -> Stage:
+def _stage(
+    name: str, tokens: int, seq_len: int, theta: float, mixture: dict[str, float], midtrain: bool = False
+) -> Stage:
     return Stage(
         name=name, tokens=tokens, seq_len=seq_len, rope_theta=theta, microbatch_rows=2**21 // seq_len, mixture=mixture,
         packing="best_fit" if midtrain else "truncate", isolate=midtrain, long_documents=midtrain,

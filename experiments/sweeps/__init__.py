@@ -1,0 +1,38 @@
+"""Named sweeps: a baseline recipe, what all runs change in it, and grids of what differs between them. Nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from experiments import recipes
+from glm_jax.config import ConfigError, Run, grid, nearest, replace
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Each grid maps dotted fields to values; all its combinations run, with every seed (`loop.seed`)."""
+
+    baseline: str
+    grids: tuple[dict[str, tuple], ...]
+    common: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    stages: tuple[str, ...] = ("stage1",)
+
+    def runs(self) -> Iterator[tuple[dict[str, Any], Run]]:
+        """(what this run changes in the baseline, the run) for every point and seed."""
+        baseline = replace(recipes.get(self.baseline), **self.common)
+        for axes in self.grids:
+            yield from grid(baseline, **axes, **{"loop.seed": self.seeds})
+
+
+def known() -> list[str]:
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+
+
+def get(name: str) -> Sweep:
+    """The sweep in experiments/sweeps/<name>.py; a ConfigError offers the nearest name."""
+    if name not in known():
+        raise ConfigError(f"unknown sweep {name!r}; {nearest(name, known())}")
+    return import_module(f"experiments.sweeps.{name}").SWEEP

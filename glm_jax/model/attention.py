@@ -80,4 +80,4 @@ def attention(
 
     attend = mesh.per_shard(attend, ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS"), "BTNH")
     y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, at.positions_BT, positions_BS, at.segments_BT, segments_BS)
-    return jnp.einsum("btnh,nhd->btd", y_BTNH, p.o_NHD), cache
+    return jnp.tensordot(y_BTNH, p.o_NHD, axes=2), cache  # einsum would contract "hn": a transposed copy of the weight

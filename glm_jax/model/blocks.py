@@ -44,5 +44,6 @@ def block(
     h_BTD = rms_norm(x_BTD, p.ffn_norm_D, cfg.norm_eps)
     if isinstance(p.ffn, Dense):
         return x_BTD + dense(p.ffn, h_BTD), cache, None
+    assert bias_E is not None  # an MoE layer has its row of router_bias_LE
     y_BTD, routing = moe(cfg, p.ffn, bias_E, h_BTD, at.segments_BT > 0)
     return x_BTD + y_BTD, cache, routing

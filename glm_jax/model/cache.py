@@ -1,5 +1,7 @@
 """The key-value cache: what the model remembers of a row of tokens while it is sampled."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -42,7 +44,8 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
     Real tokens (segment > 0) come first in each row; padding behind them is overwritten by the next call.
     """
     at = _slots(cache, positions_BT.shape[1])
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         positions_BS=cache.positions_BS.at[at].set(positions_BT, mode="drop"),
         segments_BS=cache.segments_BS.at[at].set(segments_BT, mode="drop"),
     )
@@ -58,7 +61,7 @@ def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Ca
             return (*old[:layer], new_BKSH, *old[layer + 1 :])
         return old.at[layer, rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
 
-    return cache.replace(k_LBKSH=write(cache.k_LBKSH, k_BTKH), v_LBKSH=write(cache.v_LBKSH, v_BTKH))
+    return dataclasses.replace(cache, k_LBKSH=write(cache.k_LBKSH, k_BTKH), v_LBKSH=write(cache.v_LBKSH, v_BTKH))
 
 
 def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
@@ -68,7 +71,7 @@ def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
 
 def advance(cache: Cache, segments_BT: Array) -> Cache:
     """Count the real tokens that have been written."""
-    return cache.replace(length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+    return dataclasses.replace(cache, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
 
 
 def _slots(cache: Cache, count: int) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 `forward` is the one function that trainer and sampler call. Everything is a function of arrays; nothing is kept.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -145,7 +146,7 @@ def unstack(params: GLM) -> GLM:
         depth = jax.tree.leaves(stack)[0].shape[0]
         return tuple(jax.tree.map(lambda w: w[i], stack) for i in range(depth))
 
-    return params.replace(dense=split(params.dense), moe=split(params.moe))
+    return dataclasses.replace(params, dense=split(params.dense), moe=split(params.moe))
 
 
 def _layers(

@@ -22,9 +22,7 @@ class MTP:
     norm_D: Array = norm("D")
 
 
-def mtp(
-    cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, at: Places
-) -> tuple[Array, Routing]:
+def mtp(cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, at: Places) -> tuple[Array, Routing]:
     """Hidden states that the shared head reads as the token after next.
 
     hidden_BTD is the main model's, after its final norm; next_BTD embeds the next token of each position.
@@ -34,6 +32,7 @@ def mtp(
         [rms_norm(next_BTD, p.embed_norm_D, cfg.norm_eps), rms_norm(hidden_BTD, p.hidden_norm_D, cfg.norm_eps)], axis=-1
     )
     g_BTD, _, routing = block(cfg, p.block, bias_E, jnp.einsum("btu,ud->btd", u_BTU, project_UD), at)
+    assert routing is not None  # its block is an MoE layer
     return rms_norm(g_BTD, p.norm_D, cfg.norm_eps), routing
 
 

@@ -94,7 +94,9 @@ def stage_folder(path: Path) -> Path:
         return path
     stages = [child.parent for child in path.glob(f"*/{RUN_FILE}") if _steps(child.parent)]
     if not stages:
-        raise ConfigError(f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages")
+        raise ConfigError(
+            f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"
+        )
     return max(stages, key=lambda folder: _steps(folder)[-1])
 
 

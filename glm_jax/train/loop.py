@@ -52,7 +52,9 @@ def train_stage(
 class _Trainer:
     """A stage under way: what must be closed, and what a checkpoint holds beside the state."""
 
-    def __init__(self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Microbatches):
+    def __init__(
+        self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Microbatches
+    ):
         self.run, self.stage, self.cfg, self.tx, self.out = run, stage, cfg, tx, out
         self.plan = steps(run, stage)
         self.last = self.plan.first + len(self.plan)
@@ -127,7 +129,7 @@ class _Trainer:
         planned, fetched, dispatched = pending
         values = jax.device_get(fetched)
         step = planned.index + 1
-        record = {name: float(value) for name, value in values.items() if name != "load_LE"}
+        record: dict[str, Any] = {name: float(value) for name, value in values.items() if name != "load_LE"}
         record |= {"step": step, "stage": self.stage.name, "lr": planned.lr, "batch_tokens": planned.tokens}
         record |= {"tokens_seen": planned.tokens_before + planned.tokens, "mtp_weight": planned.mtp_weight}
         record |= {"seconds": round(self.seconds, 3), "dispatched": round(dispatched, 3)}
@@ -172,7 +174,9 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
     if shapes or saved.optim != run.optim:
         differ = shapes | config.diff(run.optim, saved.optim)
         told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
-        raise ConfigError(f"the checkpoint in {start} is of another shape: {told}; give the same settings, or another --from")
+        raise ConfigError(
+            f"the checkpoint in {start} is of another shape: {told}; give the same settings, or another --from"
+        )
     before = checkpoint.Checkpoints(start)
     try:
         step = before.latest()
@@ -183,7 +187,7 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
         before.close()
 
 
-_SHAPE_FIELDS = tuple("VDLNKHFMEA") + ("dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
+_SHAPE_FIELDS = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
 
 
 def _knobs(planned: Step) -> Knobs:

@@ -25,7 +25,7 @@ class Log:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
         temporary.replace(self.path)
-        self._file = open(self.path, "a")
+        self._file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not on_terminal, smoothing=0.05)
@@ -93,3 +93,9 @@ def load_record(load_LE: np.ndarray) -> dict[str, Any]:
     if load_LE.size <= FULL_LOAD_LIMIT:
         record["load"] = load_LE.astype(int).tolist()
     return record
+
+
+def worst_load(path: Path, steps: int = 50) -> float:
+    """Worst layer's max/mean expert load, of the counts summed over a log's last `steps` steps."""
+    load = np.sum([record["load"] for record in read(path, "step")[-steps:]], axis=0)
+    return float(np.max(load.max(axis=1) / load.mean(axis=1)))

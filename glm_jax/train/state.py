@@ -23,7 +23,7 @@ def create(cfg: Model, tx: optax.GradientTransformation, seed: int) -> State:
 
     def make(key: Array) -> State:
         params, router_bias_LE = fresh(cfg, key)
-        return State(jnp.zeros((), jnp.int32), params, router_bias_LE, tx.init(params))
+        return State(jnp.zeros((), jnp.int32), params, router_bias_LE, tx.init(params))  # pyright: ignore[reportArgumentType] (optax's types name containers, not dataclasses)
 
     return jax.jit(make)(jax.random.key(seed))
 

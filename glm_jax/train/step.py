@@ -81,7 +81,7 @@ def train_step(
         grads, metrics = jax.lax.fori_loop(
             1, knobs.microbatches, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), microbatch(0)
         )
-    directions, opt = tx.update(grads, state.opt, state.params)
+    directions, opt = tx.update(grads, state.opt, state.params)  # pyright: ignore[reportArgumentType] (as in state.py)
     params = jax.tree.map(lambda p, d: p - knobs.lr.astype(p.dtype) * d, state.params, directions)
     router_bias_LE = balance(state.router_bias_LE, metrics["load_LE"], knobs.bias_rate)
     metrics = {**metrics, "gradient_norm": optax.global_norm(grads), "tokens": totals["weights"]}

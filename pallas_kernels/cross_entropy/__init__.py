@@ -38,7 +38,9 @@ def linear_cross_entropy(
     if not jnp.issubdtype(targets_X.dtype, jnp.integer):
         raise ValueError(f"linear_cross_entropy: targets are {targets_X.dtype}; use integers")
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"linear_cross_entropy: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"linear_cross_entropy: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}"
+        )
     run = IMPLEMENTATIONS[implementation or "xla"]
     loss, log_prob_X = run(x_XD, w_DV, targets_X, weights_X.astype(jnp.float32))
     return loss, jax.lax.stop_gradient(log_prob_X)

@@ -17,7 +17,7 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
 def linear_cross_entropy(x_XD: Array, w_DV: Array, targets_X: Array, weights_X: Array) -> tuple[Array, Array]:
     def chunk(total, piece):
         x_CD, targets_C, weights_C = piece
-        _, lse_C, log_prob_C = _log_prob(x_CD, w_DV, targets_C)
+        _, _, log_prob_C = _log_prob(x_CD, w_DV, targets_C)
         return total + _weighted_nll(log_prob_C, weights_C), log_prob_C
 
     zero = 0 * weights_X[0]  # varies over the same mesh axes as the inputs
