@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
 
 def attention(
@@ -29,18 +29,31 @@ def attention(
     """
     _check(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best")
-    module = IMPLEMENTATIONS[implementation or "reference"]
+        raise ValueError(
+            f"attention: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best"
+        )
+    module = IMPLEMENTATIONS[implementation or "xla"]
     return module.attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)
 
 
-def _check(q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array) -> None:
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+def _check(
+    q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array
+) -> None:
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or q.shape[2] % k.shape[2]
+    ):
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; they are [B,T,N,H], [B,S,K,H], [B,S,K,H] with N a multiple of K"
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype, nothing is promoted here")
+        raise ValueError(
+            f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype, nothing is promoted here"
+        )
     for name, z, like in (
         ("q_positions", q_positions, q),
         ("q_segments", q_segments, q),

@@ -18,7 +18,9 @@ def attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments
     score_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     score_BKGTS = jnp.where(see_BTS[:, None, None], score_BKGTS, -jnp.inf)
     top_BKGT1 = score_BKGTS.max(-1, keepdims=True)
-    p_BKGTS = jnp.exp(score_BKGTS - jnp.where(jnp.isfinite(top_BKGT1), top_BKGT1, 0))  # all zero where nothing is visible
+    p_BKGTS = jnp.exp(
+        score_BKGTS - jnp.where(jnp.isfinite(top_BKGT1), top_BKGT1, 0)
+    )  # all zero where nothing is visible
     total_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
     p_BKGTS = (p_BKGTS / jnp.where(total_BKGT1 == 0, 1, total_BKGT1)).astype(v_BSKH.dtype)
     y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH, preferred_element_type=jnp.float32)

@@ -1,0 +1,212 @@
+"""Attention for XLA's CPU back end, in blocks: T x S is never stored, and blocks in which nothing is visible are skipped.
+
+Which blocks those are is decided while running, from each block's smallest and largest position and segment. Scores are
+held transposed, [keys, rows], so that the softmax's maximum and sum run over the leading dimension, which vectorises.
+A query's G heads lie beside it, so a row is (query, head of its group) and keys and values are never repeated.
+In block shapes i is a block of queries, j of keys, r of rows.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels.attention import reference
+
+F32 = jnp.float32
+BLOCK = 256  # at most so many queries, and keys, in a block
+FEW_QUERIES = 8  # up to here the keys' way from memory is the whole cost
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale) -> Array:
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    if T <= FEW_QUERIES:
+        see_BTS = reference.visible_BTS(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+        return _few_queries(q_BTNH, k_BSKH, v_BSKH, see_BTS, scale)
+    q_BTNH, q_positions_BT, q_segments_BT = (_pad(z) for z in (q_BTNH, q_positions_BT, q_segments_BT))
+    k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = (_pad(z) for z in (k_BSKH, v_BSKH, k_positions_BS, k_segments_BS))
+    q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    y_BKRH = _blocked(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)
+    y_BTKGH = y_BKRH.reshape(B, K, -1, N // K, H).swapaxes(1, 2)
+    return y_BTKGH.reshape(B, -1, N, H)[:, :T].astype(q_BTNH.dtype)
+
+
+def _few_queries(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, see_BTS: Array, scale: float) -> Array:
+    """Decoding. Each query is laid out over all K heads, zero but for its own, so that the cache is read as it lies.
+
+    A product batched over K, a dimension inside the cache, would copy the cache at each step.
+    """
+    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    head_R = np.arange(T * N) % N // (N // K)
+    own_RK1 = (head_R[:, None] == np.arange(K))[..., None].astype(q_BTNH.dtype)
+    q_BRKH = q_BTNH.reshape(B, T * N, H)[:, :, None] * own_RK1
+    score_BRS = jnp.einsum(
+        "brc,bsc->brs", q_BRKH.reshape(B, -1, K * H), k_BSKH.reshape(B, S, K * H), preferred_element_type=F32
+    )
+    score_BTNS = jnp.where(see_BTS[:, :, None], score_BRS.reshape(B, T, N, S) * scale, -jnp.inf)
+    top_BTN1 = score_BTNS.max(-1, keepdims=True)
+    p_BTNS = jnp.exp(score_BTNS - jnp.where(top_BTN1 == -jnp.inf, 0, top_BTN1))
+    total_BTN1 = p_BTNS.sum(-1, keepdims=True)
+    p_BRS = (p_BTNS / jnp.where(total_BTN1 == 0, 1, total_BTN1)).reshape(B, T * N, S).astype(v_BSKH.dtype)
+    y_BRC = jnp.einsum("brs,bsc->brc", p_BRS, v_BSKH.reshape(B, S, K * H), preferred_element_type=F32)
+    y_BRH = (y_BRC.reshape(B, T * N, K, H) * own_RK1).sum(2)
+    return y_BRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _blocks(length: int) -> int:
+    return -(-length // BLOCK)
+
+
+def _pad(z: Array) -> Array:
+    """Zeros (in segments: padding) after dimension 1, up to a whole number of equal blocks."""
+    missing = -z.shape[1] % _blocks(z.shape[1])
+    return jnp.pad(z, [(0, 0), (0, missing), *[(0, 0)] * (z.ndim - 2)]) if missing else z
+
+
+def _rows(z_BTNH: Array, K: int) -> Array:
+    """[B, K, T*G, H]: query by query, its group's heads side by side."""
+    B, T, N, H = z_BTNH.shape
+    return z_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, T * (N // K), H)
+
+
+def _block(z: Array, i: Array, blocks: int, dim: int) -> Array:
+    """The i-th of `blocks` equal pieces of dimension `dim`."""
+    size = z.shape[dim] // blocks
+    return lax.dynamic_slice_in_dim(z, i * size, size, dim)
+
+
+def _put_block(z: Array, piece: Array, i: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(z, piece, i * piece.shape[2], 2)
+
+
+def _add_block(z_BKSH: Array, piece_BKjH: Array, j: Array, blocks: int) -> Array:
+    return _put_block(z_BKSH, _block(z_BKSH, j, blocks, 2) + piece_BKjH, j)
+
+
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """Product over the last two dimensions' chosen one, batched over B and K."""
+    dims = (((contract_a,), (contract_b,)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dims, preferred_element_type=F32)
+
+
+def _overlaps(q_positions_BT: Array, k_positions_BS: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
+    """Boolean [blocks of queries, blocks of keys]: false only where no query of the one sees a key of the other."""
+
+    def ends(z, segments, reduce, otherwise):
+        shape = (z.shape[0], _blocks(z.shape[1]), -1)
+        return reduce(jnp.where(segments == 0, otherwise, z).reshape(shape), axis=-1)
+
+    q, k = (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS)
+    in_time = ends(*k, jnp.min, NEVER)[:, None] <= ends(*q, jnp.max, -NEVER)[:, :, None]
+    k_starts = (
+        ends(k_segments_BS, k_segments_BS, jnp.min, NEVER)[:, None]
+        <= q_segments_BT.reshape(*in_time.shape[:2], -1).max(-1)[:, :, None]
+    )
+    q_starts = (
+        ends(q_segments_BT, q_segments_BT, jnp.min, NEVER)[:, :, None]
+        <= k_segments_BS.reshape(len(in_time), in_time.shape[2], -1).max(-1)[:, None]
+    )
+    return (in_time & k_starts & q_starts).any(0)
+
+
+def _scores(
+    q_BKrH: Array, k_BKjH: Array, q_at_Bi: tuple[Array, Array], k_at_Bj: tuple[Array, Array], scale: float
+) -> Array:
+    """Float32 [B, K, j, r], -inf where invisible; `at` is (positions, segments)."""
+    (q_position_Bi, q_segment_Bi), (k_position_Bj, k_segment_Bj) = q_at_Bi, k_at_Bj
+    see_Bij = reference.visible_BTS(q_position_Bi, k_position_Bj, q_segment_Bi, k_segment_Bj)
+    score_BKjr = _dot(k_BKjH, q_BKrH, 3, 3) * scale
+    B, K, j, _ = score_BKjr.shape
+    score_BKjiG = score_BKjr.reshape(B, K, j, see_Bij.shape[1], -1)
+    return jnp.where(see_Bij.swapaxes(1, 2)[:, None, :, :, None], score_BKjiG, -jnp.inf).reshape(score_BKjr.shape)
+
+
+def _over_keys(sees_J: Array, body, carry):
+    """`carry = body(j, carry)` for each block of keys that is not skipped."""
+    last = jnp.where(sees_J, jnp.arange(sees_J.size), -1).max()
+
+    def step(j, carry):
+        return lax.cond(sees_J[j], lambda c: body(j, c), lambda c: c, carry)
+
+    return lax.fori_loop(0, last + 1, step, carry)
+
+
+def _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale):
+    """The result, float32, and each row's log of its sum of exponentials (+inf where nothing is visible)."""
+    sees_IJ = _overlaps(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    q_blocks, k_blocks = sees_IJ.shape
+
+    def queries(out, i):
+        q_BKrH = _block(q_BKRH, i, q_blocks, 2)
+        q_at = _block(q_positions_BT, i, q_blocks, 1), _block(q_segments_BT, i, q_blocks, 1)
+
+        def keys(j, carry):
+            top_BKr, sum_BKr, y_BKrH = carry
+            k_at = _block(k_positions_BS, j, k_blocks, 1), _block(k_segments_BS, j, k_blocks, 1)
+            score_BKjr = _scores(q_BKrH, _block(k_BKSH, j, k_blocks, 2), q_at, k_at, scale)
+            new_BKr = jnp.maximum(top_BKr, score_BKjr.max(2))
+            safe_BKr = jnp.where(new_BKr == -jnp.inf, 0, new_BKr)
+            p_BKjr = jnp.exp(score_BKjr - safe_BKr[:, :, None])
+            shrink_BKr = jnp.exp(top_BKr - safe_BKr)
+            y_BKrH = y_BKrH * shrink_BKr[..., None] + _dot(
+                p_BKjr.astype(v_BKSH.dtype), _block(v_BKSH, j, k_blocks, 2), 2, 2
+            )
+            return new_BKr, sum_BKr * shrink_BKr + p_BKjr.sum(2), y_BKrH
+
+        zero_BKrH = jnp.zeros_like(q_BKrH, F32)
+        start = (zero_BKrH[..., 0] - jnp.inf, zero_BKrH[..., 0], zero_BKrH)
+        top_BKr, sum_BKr, y_BKrH = _over_keys(sees_IJ[i], keys, start)
+        total_BKr = jnp.where(sum_BKr == 0, 1, sum_BKr)
+        lse_BKr = jnp.where(sum_BKr == 0, jnp.inf, top_BKr + jnp.log(total_BKr))
+        y_BKRH, lse_BKR = out
+        return (_put_block(y_BKRH, y_BKrH / total_BKr[..., None], i), _put_block(lse_BKR, lse_BKr, i)), None
+
+    zero_BKRH = jnp.zeros_like(q_BKRH, F32)
+    return lax.scan(queries, (zero_BKRH, zero_BKRH[..., 0]), jnp.arange(q_blocks))[0]
+
+
+def _backward(scale, saved, dy_BKRH):
+    q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, y_BKRH, lse_BKR = saved
+    sees_IJ = _overlaps(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    q_blocks, k_blocks = sees_IJ.shape
+    delta_BKR = (dy_BKRH * y_BKRH).sum(-1)
+    dtype = q_BKRH.dtype
+
+    def queries(carry, i):
+        q_BKrH, dy_BKrH = _block(q_BKRH, i, q_blocks, 2), _block(dy_BKRH, i, q_blocks, 2).astype(dtype)
+        lse_BK1r, delta_BK1r = (_block(z, i, q_blocks, 2)[:, :, None] for z in (lse_BKR, delta_BKR))
+        q_at = _block(q_positions_BT, i, q_blocks, 1), _block(q_segments_BT, i, q_blocks, 1)
+
+        def keys(j, carry):
+            dq_BKrH, dk_BKSH, dv_BKSH = carry
+            k_BKjH, v_BKjH = _block(k_BKSH, j, k_blocks, 2), _block(v_BKSH, j, k_blocks, 2)
+            k_at = _block(k_positions_BS, j, k_blocks, 1), _block(k_segments_BS, j, k_blocks, 1)
+            p_BKjr = jnp.exp(_scores(q_BKrH, k_BKjH, q_at, k_at, scale) - lse_BK1r)
+            ds_BKjr = (p_BKjr * (_dot(v_BKjH, dy_BKrH, 3, 3) - delta_BK1r) * scale).astype(dtype)
+            dv_BKSH = _add_block(dv_BKSH, _dot(p_BKjr.astype(dtype), dy_BKrH, 3, 2), j, k_blocks)
+            dk_BKSH = _add_block(dk_BKSH, _dot(ds_BKjr, q_BKrH, 3, 2), j, k_blocks)
+            return dq_BKrH + _dot(ds_BKjr, k_BKjH, 2, 2), dk_BKSH, dv_BKSH
+
+        dq_BKRH, *dkv = carry
+        dq_BKrH, *dkv = _over_keys(sees_IJ[i], keys, (jnp.zeros_like(q_BKrH, F32), *dkv))
+        return (_put_block(dq_BKRH, dq_BKrH, i), *dkv), None
+
+    zeros = tuple(jnp.zeros_like(z, F32) for z in (q_BKRH, k_BKSH, v_BKSH))
+    grads = lax.scan(queries, zeros, jnp.arange(q_blocks))[0]
+    return *(d.astype(dtype) for d in grads), None, None, None, None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _blocked(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale):
+    return _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)[0]
+
+
+def _blocked_fwd(*inputs):
+    y_BKRH, lse_BKR = _forward(*inputs)
+    return y_BKRH, (*inputs[:7], y_BKRH, lse_BKR)
+
+
+_blocked.defvjp(_blocked_fwd, _backward)

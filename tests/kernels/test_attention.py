@@ -1,0 +1,113 @@
+"""Attention: every implementation against a loop over queries in float64, forward and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import attention as kernels
+from pallas_kernels.attention.cases import CASES, Case
+
+IMPLEMENTATIONS = list(kernels.IMPLEMENTATIONS)
+# Means of unit normals in float32; bfloat16 rounds probabilities and the result to 8 bits.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+
+
+def problem(case, dtype="float32", seed=0):
+    """q, k, v and where they stand: the queries are the last T of S tokens."""
+    rng = np.random.default_rng(seed)
+    shapes = (case.B, case.T, case.N, case.H), (case.B, case.S, case.K, case.H), (case.B, case.S, case.K, case.H)
+    q, k, v = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+    length = -(-case.S // case.documents)
+    at = np.arange(case.S)
+    segments = np.where(at < case.S - case.padding, at // length + 1, 0)
+    positions, segments = (np.broadcast_to(z, (case.B, case.S)).astype(np.int32) for z in (at % length, segments))
+    return q, k, v, positions[:, -case.T :], positions, segments[:, -case.T :], segments
+
+
+@partial(jax.jit, static_argnames="implementation")
+def value_and_gradients(q, k, v, q_positions, k_positions, q_segments, k_segments, implementation=None):
+    def run(q, k, v):
+        return kernels.attention(
+            q,
+            k,
+            v,
+            q_positions_BT=q_positions,
+            k_positions_BS=k_positions,
+            q_segments_BT=q_segments,
+            k_segments_BS=k_segments,
+            scale=q.shape[-1] ** -0.5,
+            implementation=implementation,
+        )
+
+    y, vjp = jax.vjp(run, q, k, v)
+    dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype)
+    return y, *vjp(dy)
+
+
+def query_by_query(q, k, v, q_positions, k_positions, q_segments, k_segments):
+    q, k, v = (np.asarray(z, np.float64) for z in (q, k, v))
+    y = np.zeros_like(q)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        see = (k_positions[b] <= q_positions[b, t]) & (k_segments[b] == q_segments[b, t]) & (k_segments[b] != 0)
+        if see.any():
+            head = n // (q.shape[2] // k.shape[2])
+            p = np.exp(k[b, see, head] @ q[b, t, n] * q.shape[-1] ** -0.5)
+            y[b, t, n] = p @ v[b, see, head] / p.sum()
+    return y
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["blocks_packed_padded", "prefill_after_cache", "draft"])
+def test_forward_equals_a_loop_over_queries(name, implementation):
+    inputs = problem(CASES[name])
+    y = value_and_gradients(*inputs, implementation)[0]
+    np.testing.assert_allclose(y, query_by_query(*inputs), atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("blocks_packed_padded", "bfloat16"), *((name, "float32") for name, case in CASES.items() if "test" in case.tags)],
+)
+def test_gradients_equal_the_definition(name, dtype):
+    inputs = problem(CASES[name], dtype)
+    want = value_and_gradients(*inputs, "reference")
+    for got, expected in zip(value_and_gradients(*inputs, "xla"), want, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype("float32"), expected.astype("float32"), atol=TOLERANCE[dtype])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_any_positions_and_segments(seed):
+    """Not even in order: what is visible is data."""
+    q, k, v, *_ = problem(Case(B=2, T=10, S=300, N=4, K=2, H=8), seed=seed)
+    rng = np.random.default_rng(seed)
+    at = [rng.integers(0, 4, shape, dtype=np.int32) for shape in 2 * [(2, 10), (2, 300)]]
+    want = value_and_gradients(q, k, v, *at, "reference")
+    for got, expected in zip(value_and_gradients(q, k, v, *at), want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient(queries, implementation):
+    inputs = problem(Case(B=1, T=queries, S=20, N=2, K=1, H=8, padding=20))
+    for z in value_and_gradients(*inputs, implementation):
+        np.testing.assert_array_equal(z, 0)
+
+
+def test_bad_input_names_the_rule():
+    q, k, v, *at = problem(CASES["one_block"])
+    with pytest.raises(ValueError, match="known: reference, xla"):
+        value_and_gradients(q, k, v, *at, implementation="gpu")
+    with pytest.raises(ValueError, match="N a multiple of K"):
+        value_and_gradients(q[:, :, :3], k, v, *at)
+    with pytest.raises(ValueError, match="cast them to one dtype"):
+        value_and_gradients(q.astype("bfloat16"), k, v, *at)
+    with pytest.raises(ValueError, match="k_segments"):
+        value_and_gradients(q, k, v, *at[:3], at[3][:, 1:])
