@@ -21,6 +21,8 @@ LETTERS: dict[str, str] = {
     "R": "routed rows: X*A",
     "V": "vocabulary rows",
     "L": "layers of one kind, stacked",
+    "P": "rows of a matrix that Muon orthogonalises",
+    "Q": "columns of such a matrix",
     "U": "input width of the multi-token-prediction projection: 2D",
 }
 

@@ -84,5 +84,5 @@ def train_step(
     directions, opt = tx.update(grads, state.opt, state.params)  # pyright: ignore[reportArgumentType] (as in state.py)
     params = jax.tree.map(lambda p, d: p - knobs.lr.astype(p.dtype) * d, state.params, directions)
     router_bias_LE = balance(state.router_bias_LE, metrics["load_LE"], knobs.bias_rate)
-    metrics = {**metrics, "gradient_norm": optax.global_norm(grads), "tokens": totals["weights"]}
+    metrics = {**metrics, "gradient_norm": optax.tree.norm(grads), "tokens": totals["weights"]}
     return State(state.step + 1, params, router_bias_LE, opt), metrics
