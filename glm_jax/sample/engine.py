@@ -146,9 +146,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _decode(
-    cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State, rules: _Rules, until: Array
-) -> _State:
+def _decode(cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State, rules: _Rules, until: Array) -> _State:
     """Token by token until step `until`, the limit, or until no row is alive."""
 
     def unfinished(state: _State) -> Array:
@@ -156,9 +154,7 @@ def _decode(
 
     def step(state: _State) -> _State:
         alive_B1 = state.alive_B[:, None].astype(jnp.int32)  # an ended row is padding: it reads and keeps nothing
-        aux = model.hidden(
-            cfg, params, router_bias_LE, state.token_B[:, None], segments_BT=alive_B1, cache=state.cache
-        )
+        aux = model.hidden(cfg, params, router_bias_LE, state.token_B[:, None], segments_BT=alive_B1, cache=state.cache)
         return _emit(state.replace(cache=aux.cache), model.head(cfg, params, aux.hidden_BTD)[:, 0], rules)
 
     return jax.lax.while_loop(unfinished, step, state)
