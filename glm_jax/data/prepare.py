@@ -40,6 +40,7 @@ from glm_jax.data.document import (
 )  # fmt: skip
 from glm_jax.text.tokenizer import Tokenizer, train
 
+_OWN_FOLDERS = ("collected", "documents", "done")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
@@ -120,6 +121,9 @@ class _Steps:
 
 def _settle(run: Run, out: Path) -> dict[str, Any]:
     """Write config.json, or compare with the one that is there."""
+    for stage in run.stages:
+        if stage.name in _OWN_FOLDERS or "/" in stage.name or stage.name.startswith("."):
+            raise DataError(f"a stage's name is its folder's and cannot be {stage.name!r}; choose another")
     path = out / "config.json"
     folders = {name: _listing(Path(name)) for name in run.data.paths}
     config = {"settings": settings(run), "inputs": {"folders": folders, "versions": sources.environment()}}

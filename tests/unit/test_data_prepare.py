@@ -108,6 +108,12 @@ def test_a_folder_with_other_files_is_refused(run, tmp_path):
         prepare.prepare(run, tmp_path, quiet)
 
 
+@pytest.mark.parametrize("name", ["documents", "../x"])
+def test_a_stage_cannot_take_the_folder_of_something_else(run, tmp_path, name):
+    with pytest.raises(DataError, match="choose another"):
+        prepare.prepare(replace(run, **{"pretrain.0.name": name}), tmp_path / "out", quiet)
+
+
 def test_killed_between_any_two_renames_it_ends_with_the_same_bytes(run, folder, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
