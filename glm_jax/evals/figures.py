@@ -22,7 +22,7 @@ LAYERS = 8  # heat maps at most, of the layers that are worst in the end
 _STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlesize": 10.5, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlepad": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlelocation": "left", "axes.titlepad": 17, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
     "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.5, "figure.facecolor": "none",
@@ -31,7 +31,8 @@ _STYLE = {
 
 
 def curves(told: Sequence[Told]) -> dict[str, str]:
-    """Name -> SVG over the tokens seen: losses, held-out bits per byte, learning rate, batch size, throughput."""
+    """Name -> SVG over the tokens seen: losses, held-out bits per byte, gradient norm, learning rate, batch size,
+    throughput."""
     steps = [step for each in told for step in each.steps]
     if not steps:
         return {}
@@ -44,6 +45,9 @@ def curves(told: Sequence[Told]) -> dict[str, str]:
                 lambda ax: _smoothed(ax, told, "mtp_loss", COLOURS[4]),
             ),
             "bits per byte": _over_tokens(told, "Held-out bits per byte", lambda ax: _evaluations(ax, told)),
+            "gradient norm": _over_tokens(
+                told, "Gradient norm before clipping", lambda ax: _smoothed(ax, told, "gradient_norm", COLOURS[5])
+            ),
             "learning rate": _over_tokens(told, "Learning rate", lambda ax: _line(ax, steps, "lr", COLOURS[1])),
             "batch size": _over_tokens(
                 told, "Tokens per step", lambda ax: _line(ax, steps, "batch_tokens", COLOURS[3], floor=0)
@@ -126,7 +130,8 @@ def _smoothed(ax: Axes, told: Sequence[Told], field: str, colour: str) -> None:
         ax.plot(*_thin(tokens, _average(values, max(1, len(values) // 40))), color=colour)
         every.append(values)
     values = np.concatenate(every)
-    ax.set_ylim(values.min() - 0.1, np.quantile(values, 0.995) + 0.3)
+    low, high = values.min(), np.quantile(values, 0.995)
+    ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def _average(values: np.ndarray, width: int) -> np.ndarray:

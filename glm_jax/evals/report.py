@@ -117,19 +117,16 @@ def _stage(told: Told) -> dict[str, Any]:
 def _bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     """What a quickstart has to show: each value against what it must stay below."""
     bars = [
-        (
-            f"bits per byte after {stage['name']}, held-out {stage['domain']}: below the start",
-            stage["end"],
-            stage["start"],
-        )
+        (f"{stage['name']}: bits per byte of held-out {stage['domain']}, end below start", stage["end"], stage["start"])
         for stage in found["stages"]
     ]
     if found["bits_per_byte"]:
         paid = found["bits_per_byte"]
-        bars.append(("bits per byte on held-out standard-library modules: below zlib -9", paid["model"], paid["zlib"]))
-    bars.append(
-        (f"max/mean expert load of the worst layer, last {LOAD_STEPS} steps", found["expert_load"], MOST_EXPERT_LOAD)
-    )
+        bars.append(
+            ("bits per byte of held-out standard-library modules, model below zlib -9", paid["model"], paid["zlib"])
+        )
+    load = f"max/mean expert load of the worst layer over the last {LOAD_STEPS} steps"
+    bars.append((load, found["expert_load"], MOST_EXPERT_LOAD))
     if found["peak_rss_gb"] is not None:
         bars += [("seconds in all", found["seconds"], MOST_SECONDS), ("peak memory, GB", found["peak_rss_gb"], MOST_GB)]
     return [

@@ -46,7 +46,14 @@ def _step(run: Run, rng: np.random.Generator, planned, i: int) -> dict:
     load_LE = rng.poisson(planned.tokens * skew / run.model.E, (run.model.router_rows, run.model.E))
     loss = 3 + 4 * math.exp(-planned.tokens_before / 1e5) + 0.1 * rng.standard_normal()
     seen = planned.tokens_before + planned.tokens
-    record = {"kind": "step", "step": planned.index + 1, "loss": loss, "mtp_loss": loss + 0.5, "lr": planned.lr}
+    record = {
+        "kind": "step",
+        "step": planned.index + 1,
+        "loss": loss,
+        "mtp_loss": loss + 0.5,
+        "gradient_norm": 1.0,
+        "lr": planned.lr,
+    }
     return {
         **record, "batch_tokens": planned.tokens, "tokens_seen": seen, "seconds": 20 + 0.5 * i, **load_record(load_LE)
     }  # fmt: skip
@@ -155,7 +162,7 @@ def test_page_stands_alone_and_shows_everything(folder, found, run):
     page = _Page()
     page.feed((folder / report.HTML_FILE).read_text())
     assert all(address.startswith(("#", "data:")) for address in page.fetched)
-    assert page.tags.count("svg") == 8 and "script" not in page.tags and "link" not in page.tags
+    assert page.tags.count("svg") == 9 and "script" not in page.tags and "link" not in page.tags
     for text in (found["fingerprint"], "</pre><script>", "<too short>", "schedule.peak_lr", "MTP layer", "midtrain"):
         assert text in page.text
     assert "no such reason" not in page.text
