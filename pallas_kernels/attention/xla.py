@@ -10,7 +10,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.attention import reference
@@ -35,25 +34,18 @@ def attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments
 
 
 def _few_queries(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, see_BTS: Array, scale: float) -> Array:
-    """Decoding. Each query is laid out over all K heads, zero but for its own, so that the cache is read as it lies.
-
-    A product batched over K, a dimension inside the cache, would copy the cache at each step.
-    """
-    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-    head_R = np.arange(T * N) % N // (N // K)
-    own_RK1 = (head_R[:, None] == np.arange(K))[..., None].astype(q_BTNH.dtype)
-    q_BRKH = q_BTNH.reshape(B, T * N, H)[:, :, None] * own_RK1
-    score_BRS = jnp.einsum(
-        "brc,bsc->brs", q_BRKH.reshape(B, -1, K * H), k_BSKH.reshape(B, S, K * H), preferred_element_type=F32
-    )
-    score_BTNS = jnp.where(see_BTS[:, :, None], score_BRS.reshape(B, T, N, S) * scale, -jnp.inf)
-    top_BTN1 = score_BTNS.max(-1, keepdims=True)
-    p_BTNS = jnp.exp(score_BTNS - jnp.where(top_BTN1 == -jnp.inf, 0, top_BTN1))
-    total_BTN1 = p_BTNS.sum(-1, keepdims=True)
-    p_BRS = (p_BTNS / jnp.where(total_BTN1 == 0, 1, total_BTN1)).reshape(B, T * N, S).astype(v_BSKH.dtype)
-    y_BRC = jnp.einsum("brs,bsc->brc", p_BRS, v_BSKH.reshape(B, S, K * H), preferred_element_type=F32)
-    y_BRH = (y_BRC.reshape(B, T * N, K, H) * own_RK1).sum(2)
-    return y_BRH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    """Decoding: batched over K. A cache that lies in memory as [B, K, S, H] is read in place, whatever its name here."""
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    score_BKTGS = (_dot(q_BKRH, k_BKSH, 3, 3) * scale).reshape(B, K, T, N // K, -1)
+    score_BKTGS = jnp.where(see_BTS[:, None, :, None], score_BKTGS, -jnp.inf)
+    top_BKTG1 = score_BKTGS.max(-1, keepdims=True)
+    p_BKTGS = jnp.exp(score_BKTGS - jnp.where(top_BKTG1 == -jnp.inf, 0, top_BKTG1))
+    total_BKTG1 = p_BKTGS.sum(-1, keepdims=True)
+    p_BKTGS = (p_BKTGS / jnp.where(total_BKTG1 == 0, 1, total_BKTG1)).astype(v_BSKH.dtype)
+    y_BKRH = _dot(p_BKTGS.reshape(B, K, T * N // K, -1), v_BKSH, 3, 2)
+    y_BTKGH = y_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2)
+    return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def _blocks(length: int) -> int:
