@@ -186,7 +186,7 @@ class Stage:
     mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of the stage's tokens
     packing: Literal["truncate", "best_fit"] = "truncate"
     isolate: bool = False  # attention stays inside a document
-    fim_rate: float = 0.5  # of code documents that fit a row
+    fim_rate: float = 0.5  # share of the readings of code documents (in long-document stages: of files that fit a row)
     long_documents: bool = False  # repositories as one document in dependency order; long documents up-sampled
 
     def __post_init__(self):
