@@ -8,6 +8,7 @@ domain "long" as the last stage's; the document's own end counts as one more tok
 standard library are measured whole, beyond `loop.eval_bytes`, for the comparison with the two compressors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,21 +41,36 @@ def main(args: Args) -> None:
 
 
 def measure(path: Path) -> dict[str, Any]:
-    """`stage`, `domains` {name: bits per byte}, and what `baselines.compare` says about the standard library."""
+    """`domains` {name: bits per byte}, and what `compare` says."""
+    from glm_jax.evals.bits_per_byte import evaluator
+
+    return _with_model(
+        path, lambda run, stage, data, *weights: {"domains": evaluator(data, run, stage)(run.model, *weights)}
+    ) | compare(path)
+
+
+def compare(path: Path) -> dict[str, Any]:
+    """`stage`, and on held-out modules of the standard library `bits_per_byte` {model, zlib, order3}, `documents`
+    and `bytes`."""
+    from glm_jax.evals import baselines
+
+    return _with_model(
+        path, lambda run, stage, data, *weights: {"stage": stage.name, **baselines.compare(data, run, stage, *weights)}
+    )
+
+
+def _with_model(path: Path, call: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """`call(run, stage, data folder, params, router_bias_LE)` of the checkpoint in `path`, on the mesh of its run."""
     import jax
 
     from glm_jax import mesh
-    from glm_jax.evals import baselines, bits_per_byte
     from glm_jax.train import checkpoint
 
     folder = checkpoint.stage_folder(path)
-    run, name, data = checkpoint.load_run(folder)
-    stage = next(s for s in run.stages if s.name == name)
+    run, name, _ = checkpoint.load_run(folder)
     with jax.set_mesh(mesh.make(run.mesh)):
-        run, params, router_bias_LE, _ = checkpoint.load_params(folder)
-        domains = bits_per_byte.evaluator(data, run, stage)(run.model, params, router_bias_LE)
-        compared = baselines.compare(data, run, stage, params, router_bias_LE)
-    return {"stage": name, "domains": domains, **compared}
+        run, params, router_bias_LE, data = checkpoint.load_params(folder)
+        return call(run, next(s for s in run.stages if s.name == name), data, params, router_bias_LE)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from experiments import cli, recipes
 from glm_jax.config import ConfigError, Run, diff, fingerprint
 
 SAMPLE_TOKENS = 96
-PROMPT_TOKENS = 48
+PROMPT_CHARS = 160  # of a held-out document, up to the end of the line
+TRUTH_CHARS = 320
 OWN_PROMPTS = ("The purpose of this module is", "def factorial(n):\n", "class Stack:\n    ")
 
 
@@ -48,7 +49,7 @@ def main(args: Args, run: Run) -> None:
         (f"{last}/{told.SAMPLES_FILE}", lambda: _write_samples(args.out / last)),
         (
             report.EVALUATION_FILE,
-            lambda: checkpoint.write_json(args.out / report.EVALUATION_FILE, evaluate.measure(args.out / last)),
+            lambda: checkpoint.write_json(args.out / report.EVALUATION_FILE, evaluate.compare(args.out / last)),
         ),
     ]
     clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
@@ -119,22 +120,21 @@ def _write_samples(folder: Path) -> None:
     run, params, router_bias_LE, data = checkpoint.load_params(folder)
     tokenizer = load_tokenizer(data)
     samples: list[dict[str, Any]] = []
-    prompts = []
+    prompts: list[str] = []
     for domain in DOMAINS:
-        documents = tokenizer.encode_batch([d.text for d in read_held_out(data, domain)])
-        ids = next((ids for ids in documents if len(ids) >= PROMPT_TOKENS + SAMPLE_TOKENS), None)
-        if ids is not None:
-            truth = ids[PROMPT_TOKENS : PROMPT_TOKENS + SAMPLE_TOKENS]
-            samples.append({"source": f"held-out {domain}", "truth": tokenizer.decode(truth)})
-            prompts.append(ids[:PROMPT_TOKENS])
+        for text in (document.text for document in read_held_out(data, domain)):
+            end = text.find("\n", PROMPT_CHARS) + 1
+            if 0 < end < min(2 * PROMPT_CHARS, len(text) - TRUTH_CHARS):
+                samples.append({"source": f"held-out {domain}", "truth": text[end : end + TRUTH_CHARS]})
+                prompts.append(text[:end])
+                break
     samples += [{"source": "a prompt of ours", "truth": None} for _ in OWN_PROMPTS]
-    prompts += tokenizer.encode_batch(OWN_PROMPTS)
+    prompts += OWN_PROMPTS
     settings = engine.Sampling(temperature=0.7, top_p=0.95, max_new_tokens=SAMPLE_TOKENS, stop_ids=(tokenizer.end,))
-    done = engine.generate(
-        run.model, params, router_bias_LE, [[tokenizer.end, *prompt] for prompt in prompts], settings=settings
-    )
+    ids = [[tokenizer.end, *prompt] for prompt in tokenizer.encode_batch(prompts)]
+    done = engine.generate(run.model, params, router_bias_LE, ids, settings=settings)
     for sample, prompt, completion in zip(samples, prompts, done, strict=True):
-        sample |= {"prompt": tokenizer.decode(prompt), "ended": completion.finish == "stop"}
+        sample |= {"prompt": prompt, "ended": completion.finish == "stop"}
         sample["continuation"] = tokenizer.decode(completion.ids, skip_special=True)
     described = {"temperature": settings.temperature, "top_p": settings.top_p, "samples": samples}
     checkpoint.write_json(folder / told.SAMPLES_FILE, described)

@@ -131,7 +131,8 @@ def _smoothed(ax: Axes, told: Sequence[Told], field: str, colour: str) -> None:
         every.append(values)
     values = np.concatenate(every)
     low, high = values.min(), np.quantile(values, 0.995)
-    ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    if high > low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
 def _average(values: np.ndarray, width: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def _step(run: Run, rng: np.random.Generator, planned, i: int) -> dict:
         "step": planned.index + 1,
         "loss": loss,
         "mtp_loss": loss + 0.5,
-        "gradient_norm": 1.0,
+        "gradient_norm": loss / 4,
         "lr": planned.lr,
     }
     return {
