@@ -6,8 +6,6 @@ A query's G heads lie beside it, so a row is (query, head of its group) and keys
 In block shapes i is a block of queries, j of keys, r of rows.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -191,8 +189,7 @@ def _backward(scale, saved, dy_BKRH):
     return *(d.astype(dtype) for d in grads), None, None, None, None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _blocked(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale):
+def _result(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale) -> Array:
     return _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)[0]
 
 
@@ -201,4 +198,5 @@ def _blocked_fwd(*inputs):
     return y_BKRH, (*inputs[:7], y_BKRH, lse_BKR)
 
 
+_blocked = jax.custom_vjp(_result, nondiff_argnums=(7,))
 _blocked.defvjp(_blocked_fwd, _backward)

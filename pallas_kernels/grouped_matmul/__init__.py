@@ -107,8 +107,10 @@ def _expert_mlp_fwd(*inputs):
 
 
 def _expert_mlp_bwd(inputs, dy_XD):
-    x_XD, gate_EDM, up_EDM, down_EMD, _, weights_XA = inputs
-    dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweights_XA = xla.expert_mlp_grad(*inputs, dy_XD)
+    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA = inputs
+    dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweights_XA = xla.expert_mlp_grad(
+        x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, dy_XD
+    )
     return (
         dx_XD.astype(x_XD.dtype),
         dgate_EDM.astype(gate_EDM.dtype),

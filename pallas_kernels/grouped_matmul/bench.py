@@ -90,9 +90,10 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.cases:
         operations = {}
-        for cases, sides in ((GMM, gmm_sides), (MLP, mlp_sides)):
-            if name in cases:
-                operations |= sides(cases[name], args.dtype, args.implementation)
+        if name in GMM:
+            operations |= gmm_sides(GMM[name], args.dtype, args.implementation)
+        if name in MLP:
+            operations |= mlp_sides(MLP[name], args.dtype, args.implementation)
         for operation, sides in operations.items():
             seconds = seconds_in_turns(sides, args.repetitions)
             row = {"case": name, "operation": operation, "dtype": args.dtype}

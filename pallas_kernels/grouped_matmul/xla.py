@@ -3,7 +3,8 @@
 Groups may start at any row and have any size, so a block may reach beyond its group (or be moved back where it would
 reach beyond the array): it then writes its group's rows only, and nothing is ever padded or copied. Blocks are small
 enough for the cache, so what `expert_mlp` computes between its two gathers never reaches memory.
-Everything is computed in float32: XLA's CPU back end converts bfloat16 operands of a product in any case, and at each use.
+Everything is computed in float32, loops' carries included: XLA's CPU back end converts bfloat16 in any case, and a
+bfloat16 buffer that a loop writes to would be converted whole, at each step.
 """
 
 from collections.abc import Callable
@@ -73,8 +74,9 @@ def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, contract: int) -> 
 
         return over_blocks(size, end, rows, block, body, y_RM), None
 
-    zeros_RM = lax.full_like(x_RD, 0, shape=(rows, w_EDM.shape[2 - contract]))
-    return lax.scan(group, zeros_RM, (w_EDM.astype(F32), group_sizes_E, jnp.cumsum(group_sizes_E)))[0]
+    zeros_RM = _zeros(x_RD, rows, w_EDM.shape[2 - contract])
+    y_RM = lax.scan(group, zeros_RM, (w_EDM.astype(F32), group_sizes_E, jnp.cumsum(group_sizes_E)))[0]
+    return y_RM.astype(x_RD.dtype)
 
 
 def gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
