@@ -3,15 +3,17 @@
     python -m experiments.quickstart --recipe tiny --out runs/quickstart      (ten minutes on two cores)
     python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in about a minute)
 
-It calls what experiments.data, pretrain, midtrain and evaluate call, in one process. Run it again to go on where it was
-interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the
+It calls the functions of experiments.data, pretrain, midtrain and evaluate, in one process. Run it again to go on where
+it was interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the
 figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
 """
 
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +35,20 @@ class Args:
 
 
 def main(args: Args, run: Run) -> None:
-    from experiments import evaluate, midtrain, pretrain
+    from experiments import evaluate, pretrain
     from glm_jax.evals import report, told
     from glm_jax.train import checkpoint, loop
 
     _check(args.out, run)
-    first, last = run.stages[0].name, run.stages[-1].name
-    parts = [
-        *(
-            (f"{stage.name}/{loop.RESULT_FILE}", lambda n=n: pretrain.main(pretrain.Args(stage=n, out=args.out), run))
-            for n, stage in enumerate(run.pretrain, start=1)
-        ),
-        (f"{first}/{told.SAMPLES_FILE}", lambda: _write_samples(args.out / first)),
-        (f"{last}/{loop.RESULT_FILE}", lambda: midtrain.main(midtrain.Args(out=args.out), run)),
-        (f"{last}/{told.SAMPLES_FILE}", lambda: _write_samples(args.out / last)),
-        (
-            report.EVALUATION_FILE,
-            lambda: checkpoint.write_json(args.out / report.EVALUATION_FILE, evaluate.compare(args.out / last)),
-        ),
-    ]
+    parts: list[tuple[str, Callable[[], Any]]] = []  # (file that is there when it is done, what makes it)
+    for stage in run.stages:
+        train = partial(pretrain.train, run, stage, args.out, None, None)
+        parts.append((f"{stage.name}/{loop.RESULT_FILE}", train))
+        if stage in (run.stages[0], run.stages[-1]):
+            parts.append((f"{stage.name}/{told.SAMPLES_FILE}", partial(_write_samples, args.out / stage.name)))
+    last = args.out / run.stages[-1].name
+    evaluation = args.out / report.EVALUATION_FILE
+    parts.append((report.EVALUATION_FILE, lambda: checkpoint.write_json(evaluation, evaluate.compare(last))))
     clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
     for done, work in parts:
         print(f"{done.removesuffix('.json')}{'  is there' if (args.out / done).exists() else ''}", file=sys.stderr)

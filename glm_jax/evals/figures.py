@@ -19,7 +19,7 @@ COLOURS = ("#2b59c3", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#3a86a8", "#8
 POINTS = 400  # of a curve; more than a screen shows
 COLUMNS = 160  # of a heat map
 LAYERS = 8  # heat maps at most, of the layers that are worst in the end
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlesize": 10.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 17, "axes.spines.top": False, "axes.spines.right": False,

@@ -165,7 +165,7 @@ def render(found: dict[str, Any], run: Run, told: Sequence[Told], manifest: dict
         loader=jinja2.PackageLoader("glm_jax.evals", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.jinja").render(
         found=found,
         manifest=manifest,
         told=told,
