@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import recipes
-from glm_jax.config import ConfigError, Run
+from experiments import quickstart, recipes
+from glm_jax.config import ConfigError, Run, replace
 from glm_jax.data.prepare import settings
 from glm_jax.evals import report
 from glm_jax.evals.told import SAMPLES_FILE, read
@@ -194,3 +194,9 @@ def test_active_parameters_are_a_share_of_the_experts(run):
     total, active = report.parameters(run.model)
     experts = run.model.router_rows * 3 * run.model.E * run.model.D * run.model.M
     assert total - active == experts * (run.model.E - run.model.A) // run.model.E
+
+
+def test_quickstart_refuses_the_folder_of_another_run(folder, run):
+    other = replace(run, **{"schedule.peak_lr": 0.02})
+    with pytest.raises(ConfigError, match=r"schedule.peak_lr 0.01 there, 0.02 now; give another --out"):
+        quickstart.main(quickstart.Args(out=folder), other)
