@@ -66,10 +66,17 @@ class Progress:
 
 
 def main(args: Args, run: Run) -> None:
-    progress = Progress()
-    prepare(run, args.out, progress)
-    progress.close()
+    make(run, args.out)
     print(summary(args.out))
+
+
+def make(run: Run, out: Path) -> Path:
+    """The data folder of `run`, with progress if there is something to do; returns `out`."""
+    progress = Progress()
+    try:
+        return prepare(run, out, progress)
+    finally:
+        progress.close()
 
 
 def summary(folder: Path) -> str:

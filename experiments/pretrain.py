@@ -57,7 +57,7 @@ def train(run: Run, stage: Stage, out: Path | None, start: Path | None, data: Pa
     elif out is None:
         raise ConfigError("--out is missing: give the run's folder, e.g. --out runs/a")
     data = data or out / "data"
-    data_script.main(data_script.Args(out=data), run)
+    data_script.make(run, data)
     return loop.train_stage(
         run, stage, out / stage.name, data, start=start_folder, evaluate=evaluator(data, run, stage)
     )

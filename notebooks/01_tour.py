@@ -70,7 +70,9 @@ from pathlib import Path
 from experiments import pretrain
 
 out = Path(tempfile.mkdtemp()) / "tour"
-short = replace(run, **{"pretrain.0.tokens": STEPS * 4096, "schedule.warmup_tokens": 4 * 4096, "loop.eval_bytes": 20_000})
+short = replace(
+    run, **{"pretrain.0.tokens": STEPS * 4096, "schedule.warmup_tokens": 4 * 4096, "loop.eval_bytes": 20_000}
+)
 result = pretrain.main(pretrain.Args(stage=1, out=out), short)
 print("held-out bits per byte:", result["start"], "->", result["end"])
 

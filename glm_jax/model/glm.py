@@ -143,8 +143,8 @@ def unstack(params: GLM) -> GLM:
     def split(stack: Any) -> tuple | None:
         if stack is None:
             return None
-        depth = jax.tree.leaves(stack)[0].shape[0]
-        return tuple(jax.tree.map(lambda w: w[i], stack) for i in range(depth))
+        weights, tree = jax.tree.flatten(stack)
+        return tuple(jax.tree.unflatten(tree, [w[i] for w in weights]) for i in range(weights[0].shape[0]))
 
     return dataclasses.replace(params, dense=split(params.dense), moe=split(params.moe))
 

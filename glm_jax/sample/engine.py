@@ -1,5 +1,6 @@
 """Sampling: one forward over the prompts into a cache, then a compiled loop that ends when every row has stopped."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +122,7 @@ def generate(
 
 @partial(jax.jit, static_argnames=("cfg",))
 def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
-    return model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype)).replace(mtp=None)
+    return dataclasses.replace(model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype)), mtp=None)
 
 
 @partial(jax.jit, static_argnames=("cfg", "new"))
@@ -134,6 +135,7 @@ def _prefill(
     segments_BT = (jnp.arange(width) < lengths_B[:, None]).astype(jnp.int32)
     aux = model.hidden(cfg, params, router_bias_LE, ids_BT, segments_BT=segments_BT, cache=cache)
     last_B1D = jnp.take_along_axis(aux.hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+    assert aux.cache is not None  # one went in
     state = _State(
         cache=aux.cache,
         alive_B=lengths_B > 0,
@@ -155,7 +157,8 @@ def _decode(cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State,
     def step(state: _State) -> _State:
         alive_B1 = state.alive_B[:, None].astype(jnp.int32)  # an ended row is padding: it reads and keeps nothing
         aux = model.hidden(cfg, params, router_bias_LE, state.token_B[:, None], segments_BT=alive_B1, cache=state.cache)
-        return _emit(state.replace(cache=aux.cache), model.head(cfg, params, aux.hidden_BTD)[:, 0], rules)
+        assert aux.cache is not None  # one went in
+        return _emit(dataclasses.replace(state, cache=aux.cache), model.head(cfg, params, aux.hidden_BTD)[:, 0], rules)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -165,7 +168,8 @@ def _emit(state: _State, logits_BV: Array, rules: _Rules) -> _State:
     keys_B = keys(rules.seed, rules.rows_B, state.cache.length_B)
     token_B, logprob_B = draw(keys_B, logits_BV, rules.temperature, rules.top_p)
     stopped_B = jnp.any(token_B[:, None] == rules.stop_ids, axis=1)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         alive_B=state.alive_B & ~stopped_B,
         token_B=token_B,
         step=state.step + 1,
@@ -178,12 +182,12 @@ def _rules(settings: Sampling, rows: int) -> _Rules:
     stop_ids = np.full(_bucket(len(settings.stop_ids), 4), -1, np.int32)
     stop_ids[: len(settings.stop_ids)] = settings.stop_ids
     return _Rules(
-        temperature=np.float32(settings.temperature),
-        top_p=np.float32(settings.top_p),
-        seed=np.int32(settings.seed),
-        max_new=np.int32(settings.max_new_tokens),
-        stop_ids=stop_ids,
-        rows_B=np.arange(rows, dtype=np.int32),
+        temperature=jnp.float32(settings.temperature),
+        top_p=jnp.float32(settings.top_p),
+        seed=jnp.int32(settings.seed),
+        max_new=jnp.int32(settings.max_new_tokens),
+        stop_ids=jnp.asarray(stop_ids),
+        rows_B=jnp.arange(rows, dtype=jnp.int32),
     )
 
 
