@@ -27,11 +27,11 @@ def tiny() -> Run:
         optim=Optim(ns_dtype="float32"),
         schedule=Schedule(
             peak_lr=1e-2, final_lr=1e-3, warmup_tokens=81_920, batch_tokens_start=4096, batch_tokens=8192,
-            batch_ramp_tokens=409_600, mtp_switch_tokens=1_638_400, bias_rate=1e-2, bias_freeze_tokens=1_638_400,
+            batch_ramp_tokens=409_600, mtp_switch_tokens=1_638_400, bias_rate=1e-2, bias_freeze_tokens=3_112_960,
         ),
         data=Data(),
         mesh=Mesh(),
-        loop=Loop(),
+        loop=Loop(eval_bytes=100_000),
     )  # fmt: skip
 
 
@@ -47,6 +47,6 @@ def smoke() -> Run:
             "schedule.warmup_tokens": 16_384,
             "schedule.batch_ramp_tokens": 40_960,
             "schedule.mtp_switch_tokens": 163_840,
-            "schedule.bias_freeze_tokens": 163_840,
+            "schedule.bias_freeze_tokens": 348_160,
         },
     )

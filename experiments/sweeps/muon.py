@@ -13,7 +13,7 @@ SHORT = {
     "schedule.bias_freeze_tokens": 409_600,
     "schedule.mtp_switch_tokens": 409_600,
     "loop.checkpoint_every": 1000,
-    "loop.eval_bytes": 60_000,
+    "loop.eval_bytes": 50_000,
 }
 
 SWEEP = Sweep(

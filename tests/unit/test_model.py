@@ -11,7 +11,7 @@ from glm_jax import model
 from glm_jax.config import Model, replace
 
 CFG = Model(
-    V=48, D=16, L=4, dense_layers=1, N=4, K=2, H=8, F=20, M=12, E=6, A=2, shared_experts=2,
+    V=48, D=16, L=3, dense_layers=1, N=4, K=2, H=8, F=20, M=12, E=6, A=2, shared_experts=2,
     max_positions=64, rope_theta=1e4, dtype="float32", remat="none",
 )  # fmt: skip
 ROWS, LENGTH = 2, 12
@@ -22,15 +22,19 @@ def forward(cfg, params, router_bias_LE, ids_BT, **places):
     return model.forward(cfg, params, router_bias_LE, ids_BT, **places)
 
 
-@pytest.fixture(scope="module")
-def weights():
+def random_model(cfg):
     """Random parameters, norms and biases included, and selection biases."""
     noise = np.random.default_rng(0)
     params = jax.tree.map(
         lambda spec: jnp.asarray(0.3 * noise.normal(size=spec.shape) + (spec.kind == "norm"), jnp.float32),
-        model.specs(CFG),
+        model.specs(cfg),
     )
-    return params, jnp.asarray(0.2 * noise.normal(size=(CFG.router_rows, CFG.E)), jnp.float32)
+    return params, jnp.asarray(0.2 * noise.normal(size=(cfg.router_rows, cfg.E)), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_model(CFG)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,7 @@ def test_equals_the_literal_reading(weights, ids_BT):
     mtp_BTV = model.head(CFG, params, aux.mtp_hidden_BTD)
     for row in range(ROWS):
         want_TV, want_mtp_TV = slow_model(params, router_bias_LE, ids_BT[row])
-        np.testing.assert_allclose(logits_BTV[row], want_TV, atol=3e-5 * want_TV.std())  # float32 through four layers
+        np.testing.assert_allclose(logits_BTV[row], want_TV, atol=3e-5 * want_TV.std())  # float32 through three layers
         np.testing.assert_allclose(mtp_BTV[row, :-1], want_mtp_TV, atol=3e-5 * want_mtp_TV.std())
     assert aux.load_LE.shape == (CFG.router_rows, CFG.E)
     assert (aux.load_LE.sum(axis=1) == ROWS * LENGTH * CFG.A).all()
@@ -209,8 +213,7 @@ def test_remat_and_scan_change_no_gradient(weights, ids_BT):
 def test_a_model_of_dense_layers_alone_and_one_of_experts_alone(ids_BT):
     for layers in (2, 0):
         cfg = replace(CFG, L=2, dense_layers=layers, mtp_layers=0)
-        params, router_bias_LE = model.init(cfg, jax.random.key(0))
-        logits_BTV, aux = forward(cfg, params, router_bias_LE, ids_BT)
+        logits_BTV, aux = forward(cfg, *random_model(cfg), ids_BT)
         assert logits_BTV.shape == (ROWS, LENGTH, cfg.V)
         assert aux.load_LE.shape == (2 - layers, cfg.E) and aux.balance_L.shape == (2 - layers,)
 

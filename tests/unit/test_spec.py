@@ -46,16 +46,16 @@ def test_tiny_is_as_small_as_it_says():
     assert 1.5e6 < spec.count(model.specs(recipes.get("tiny").model)) < 3.5e6
 
 
-CFG = Model(V=32, D=8, L=3, dense_layers=1, N=4, K=2, H=4, F=12, M=6, E=4, A=2, shared_experts=2, dtype="float32")
+CFG = Model(V=48, D=16, L=3, dense_layers=1, N=4, K=2, H=8, F=20, M=12, E=6, A=2, shared_experts=2, dtype="float32")
 
 
 def test_arrays_have_the_declared_shapes_and_first_values():
     specs = model.specs(CFG)
     params, router_bias_LE = model.init(CFG, jax.random.key(0))
     assert jax.tree.map(lambda w: w.shape, params) == jax.tree.map(lambda s: s.shape, specs)
-    assert specs.moe.ffn.shared.gate_DM.shape == (2, 8, 12)  # shared experts side by side: M times their number
+    assert specs.moe.ffn.shared.gate_DM.shape == (2, 16, 24)  # shared experts side by side: M times their number
     assert specs.moe.attention.q_DNH.dims == "LDNH"
-    assert router_bias_LE.shape == (3, 4) and router_bias_LE.dtype == jnp.float32  # two MoE layers and the MTP layer
+    assert router_bias_LE.shape == (3, 6) and router_bias_LE.dtype == jnp.float32  # two MoE layers and the MTP layer
     for (name, declared), w in zip(spec.leaves(specs), jax.tree.leaves(params), strict=True):
         if declared.kind in ("norm", "bias"):
             assert (w == (declared.kind == "norm")).all(), name
@@ -77,7 +77,7 @@ def test_a_weight_starts_the_same_whatever_else_is_there():
 def test_a_declaration_reads_as_batch_in_out():
     declared = spec.weight("E | D -> M").metadata["spec"].resolve(CFG, 5)
     assert (declared.batch, declared.ins, declared.outs) == ("LE", "D", "M")
-    assert declared.shape == (5, 4, 8, 6) and declared.count == 5 * 4 * 8 * 6
+    assert declared.shape == (5, 6, 16, 12) and declared.count == 5 * 6 * 16 * 12
     assert [name for name, _ in spec.leaves(model.specs(CFG))][:2] == ["embed_VD", "dense.attention_norm_D"]
 
 
