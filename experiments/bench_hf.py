@@ -1,9 +1,9 @@
-"""Tokens per second of Hugging Face `Glm4MoeForCausalLM`, training and sampling: the figure ours is compared with.
+"""Tokens per second of ours and of Hugging Face's `Glm4MoeForCausalLM`, training and sampling, in separate processes.
 
 The peer's side needs torch and transformers only, in an environment of its own:
 
     python -m venv hf && hf/bin/pip install torch==2.13.0 'transformers==5.23.*'
-    hf/bin/python experiments/bench_hf.py --side hf
+    python -m experiments.bench_hf --alternate 5 --peer-python hf/bin/python --out experiments/results/bench_hf.json
 
 Protocol: 17.2 M parameters in float32, random tokens; training is forward, backward and AdamW on 8 rows of 512 tokens;
 sampling is 128 new tokens for each of 8 prompts of 64, at temperature 1, through the cache; two threads, sdpa attention.
@@ -12,8 +12,11 @@ The fastest of the timed repetitions counts: other work on the machine can only 
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 SHAPE = {
     "vocab_size": 4096,
@@ -98,13 +101,86 @@ def hugging_face(train_steps: int, samples: int) -> dict:
     }
 
 
+def ours(train_steps: int, samples: int) -> dict:
+    """The same of our own train step and sampler."""
+    import jax
+    import numpy as np
+
+    from glm_jax import config, mesh, model, spec
+    from glm_jax.optim import optimizer
+    from glm_jax.sample.engine import Sampling, generate, prepare
+    from glm_jax.train import state
+    from glm_jax.train.step import Knobs, train_step
+
+    cfg = config.Model(
+        V=4096, D=256, L=6, dense_layers=1, N=8, K=2, H=64, F=768, M=192, E=16, A=4, mtp_layers=0, routed_scale=1.0,
+        rope_theta=1e4, max_positions=2048, dtype="float32", remat="none",
+    )  # fmt: skip
+    tx = optimizer(config.Optim(name="adamw"), model.specs(cfg))
+    ids = np.random.default_rng(0).integers(0, cfg.V, (ROWS, LENGTH), dtype=np.int32)
+    ones = np.ones((1, ROWS, LENGTH), np.float32)
+    batch = {"ids": ids[None], "targets": np.roll(ids, -1, 1)[None], "weights": ones, "mtp_weights": ones}
+    batch["positions"] = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (1, ROWS, LENGTH))
+    batch |= {"segments": ones.astype(np.int32), "mtp_targets": batch["targets"]}
+    with jax.set_mesh(mesh.make(config.Mesh(), jax.devices()[:1])):
+        now = state.create(cfg, tx, 0)
+        knobs = Knobs(*np.float32([1e-3, 0, 0]), microbatches=np.int32(1))
+
+        def train():
+            nonlocal now
+            now, metrics = train_step(now, batch, knobs, cfg=cfg, tx=tx, sequence_balance=0.0)
+            return float(metrics["loss"])
+
+        train_seconds = fastest(train, train_steps)
+    params, router_bias_LE = jax.device_get((now.params, now.router_bias_LE))
+    params, prompts = prepare(cfg, params), ids[:PROMPTS, :PROMPT_LENGTH].tolist()
+    settings = Sampling(temperature=1.0, max_new_tokens=NEW_TOKENS)
+
+    def sample():
+        done = generate(cfg, params, router_bias_LE, prompts, settings=settings)
+        assert all(len(completion.ids) == NEW_TOKENS for completion in done)
+
+    return {
+        "side": "ours",
+        "train_tokens_per_second": round(ROWS * LENGTH / train_seconds, 1),
+        "sample_tokens_per_second": round(PROMPTS * NEW_TOKENS / fastest(sample, samples), 1),
+        "parameters": spec.count(model.specs(cfg)),
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def alternate(turns: int, peer_python: str, out: Path | None, rest: list[str]) -> dict:
+    """Both sides in turn, each in a process of its own; the best of each and their ratios, printed and written."""
+    runs: list[dict] = []
+    for turn in range(turns):
+        for python, side in ((sys.executable, "ours"), (peer_python, "hf")):
+            command = [python, "-m", "experiments.bench_hf", "--side", side, *rest]
+            runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            print(f"turn {turn + 1} of {turns}: {runs[-1]}", file=sys.stderr)
+    names = ("train_tokens_per_second", "sample_tokens_per_second")
+    best = {side: {n: max(r[n] for r in runs if r["side"] == side) for n in names} for side in ("ours", "hf")}
+    result = {"best": best, "ratio": {n: round(best["ours"][n] / best["hf"][n], 3) for n in names}, "runs": runs}
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=["hf"], default="hf", help="whose model runs")
+    parser.add_argument("--side", choices=["ours", "hf"], default="ours", help="whose model runs")
     parser.add_argument("--train-steps", type=int, default=5, help="timed training steps")
     parser.add_argument("--samples", type=int, default=3, help="timed generations")
+    parser.add_argument("--alternate", type=int, default=0, metavar="N", help="run both sides N times in turn")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has torch and transformers")
+    parser.add_argument("--out", type=Path, help="file for the result of --alternate")
     args = parser.parse_args()
-    print(json.dumps(hugging_face(args.train_steps, args.samples)))
+    if args.alternate:
+        rest = ["--train-steps", str(args.train_steps), "--samples", str(args.samples)]
+        result = alternate(args.alternate, args.peer_python, args.out, rest)
+        print(json.dumps({"best": result["best"], "ratio": result["ratio"]}))
+        return
+    side = {"ours": ours, "hf": hugging_face}[args.side]
+    print(json.dumps(side(args.train_steps, args.samples)))
 
 
 if __name__ == "__main__":

@@ -21,5 +21,6 @@ def next_token(
         )
         return mesh.total(loss), log_prob_X.reshape(targets_BT.shape)
 
+    targets_BT, weights_BT = (mesh.constrain(z, "BT") for z in (targets_BT, weights_BT))
     run = mesh.per_shard(local, ("BTD", "DV", "BT", "BT"), ("", "BT"))
     return run(hidden_BTD, head_DV, targets_BT, weights_BT)

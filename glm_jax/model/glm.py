@@ -101,6 +101,7 @@ def hidden(
     if positions_BT is None:
         first_B1 = jnp.zeros_like(ids_BT[:, :1]) if cache is None else cache.length_B[:, None]
         positions_BT = first_B1 + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
+    ids_BT, positions_BT, segments_BT = (mesh.constrain(z, "BT") for z in (ids_BT, positions_BT, segments_BT))
     at = places(cfg, positions_BT, segments_BT)
     if cache is not None:
         cache = kv.place(cache, positions_BT, segments_BT)
