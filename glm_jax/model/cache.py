@@ -2,10 +2,13 @@
 
 import dataclasses
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from glm_jax import mesh
 from glm_jax.config import Model
 
 
@@ -27,15 +30,17 @@ class Cache:
 
 def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True) -> Cache:
     """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype; `stacked` as the parameters are."""
-    shape = (rows, cfg.K, capacity, cfg.H)
-    slots = jnp.zeros((rows, capacity), jnp.int32)
+
+    def zeros(dims: str, *shape: int, dtype: Any = jnp.int32) -> Array:
+        return mesh.constrain(jnp.zeros(shape, dtype), dims)
 
     def layers() -> Array | tuple[Array, ...]:
+        shape = (rows, cfg.K, capacity, cfg.H)
         if stacked:
-            return jnp.zeros((cfg.L, *shape), cfg.dtype)
-        return tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.L))
+            return zeros("LBKSH", cfg.L, *shape, dtype=cfg.dtype)
+        return tuple(zeros("BKSH", *shape, dtype=cfg.dtype) for _ in range(cfg.L))
 
-    return Cache(layers(), layers(), slots, slots, jnp.zeros(rows, jnp.int32))
+    return Cache(layers(), layers(), zeros("BS", rows, capacity), zeros("BS", rows, capacity), zeros("B", rows))
 
 
 def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
@@ -43,25 +48,31 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
 
     Real tokens (segment > 0) come first in each row; padding behind them is overwritten by the next call.
     """
-    at = _slots(cache, positions_BT.shape[1])
-    return dataclasses.replace(
-        cache,
-        positions_BS=cache.positions_BS.at[at].set(positions_BT, mode="drop"),
-        segments_BS=cache.segments_BS.at[at].set(segments_BT, mode="drop"),
+
+    def write(old_BS: Array, length_B: Array, new_BT: Array) -> Array:
+        return old_BS.at[_slots(length_B, new_BT)].set(new_BT, mode="drop")
+
+    write = mesh.per_shard(write, ("BS", "B", "BT"), "BS")
+    return cache.replace(
+        positions_BS=write(cache.positions_BS, cache.length_B, positions_BT),
+        segments_BS=write(cache.segments_BS, cache.length_B, segments_BT),
     )
 
 
 def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Cache:
     """Write one layer's keys and values of the next tokens."""
-    rows_B1, slots_BT = _slots(cache, k_BTKH.shape[1])
 
-    def write(old: Array | tuple, new_BTKH: Array) -> Array | tuple:
+    def write(old: Array, length_B: Array, new_BTKH: Array, *layer: Array) -> Array:
+        rows_B1, slots_BT = _slots(length_B, new_BTKH)
+        return old.at[(*layer, rows_B1, slice(None), slots_BT)].set(new_BTKH, mode="drop")
+
+    def put(old: Array | tuple[Array, ...], new_BTKH: Array) -> Array | tuple[Array, ...]:
         if isinstance(old, tuple):
-            new_BKSH = old[layer].at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+            new_BKSH = mesh.per_shard(write, ("BKSH", "B", "BTKH"), "BKSH")(old[layer], cache.length_B, new_BTKH)
             return (*old[:layer], new_BKSH, *old[layer + 1 :])
-        return old.at[layer, rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+        return mesh.per_shard(write, ("LBKSH", "B", "BTKH", ""), "LBKSH")(old, cache.length_B, new_BTKH, layer)
 
-    return dataclasses.replace(cache, k_LBKSH=write(cache.k_LBKSH, k_BTKH), v_LBKSH=write(cache.v_LBKSH, v_BTKH))
+    return cache.replace(k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
 
 
 def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
@@ -71,9 +82,9 @@ def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
 
 def advance(cache: Cache, segments_BT: Array) -> Cache:
     """Count the real tokens that have been written."""
-    return dataclasses.replace(cache, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+    return cache.replace(length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
 
 
-def _slots(cache: Cache, count: int) -> tuple[Array, Array]:
-    rows_B1 = jnp.arange(cache.length_B.shape[0])[:, None]
-    return rows_B1, cache.length_B[:, None] + jnp.arange(count)
+def _slots(length_B: Array, new_BT: Array) -> tuple[Array, Array]:
+    """Index of the rows, and of the slots that the next tokens take."""
+    return jnp.arange(length_B.shape[0])[:, None], length_B[:, None] + jnp.arange(new_BT.shape[1])

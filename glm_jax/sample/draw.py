@@ -17,7 +17,7 @@ def draw(keys_B: Array, logits_BV: Array, temperature: Array, top_p: Array) -> t
     def sample(logp_BV: Array) -> Array:
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logp_BV.shape[1:]))(keys_B)
         keep_BV = jax.lax.cond(
-            top_p < 1, lambda z_BV: nucleus(jnp.exp(z_BV), top_p), lambda z_BV: jnp.ones(z_BV.shape, bool), logp_BV
+            top_p < 1, lambda z_BV: nucleus(jnp.exp(z_BV), top_p), lambda z_BV: jnp.ones_like(z_BV, bool), logp_BV
         )
         return first_of_largest(jnp.where(keep_BV, logp_BV + noise_BV, -jnp.inf))
 

@@ -1,6 +1,7 @@
 """Sampling: one forward over the prompts into a cache, then a compiled loop that ends when every row has stopped."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,6 @@ class _Rules:
     seed: Array
     max_new: Array
     stop_ids: Array
-    rows_B: Array
 
 
 @struct.dataclass
@@ -66,6 +66,7 @@ class _State:
     """A batch between two tokens. ids_BO is -1 where a row had already ended."""
 
     cache: model.Cache
+    rows_B: Array
     alive_B: Array
     token_B: Array
     step: Array
@@ -100,13 +101,15 @@ def generate(
         return []
     if not isinstance(params.moe if params.moe is not None else params.dense, tuple):
         params = prepare(cfg, params)
-    rows, new = _bucket(len(prompts), 1), _bucket(settings.max_new_tokens, 16)
+    shards = math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
+    rows = shards * _bucket(-(-len(prompts) // shards), 1)
+    new = _bucket(settings.max_new_tokens, 16)
     lengths_B = np.zeros(rows, np.int32)
     lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
     ids_BT = np.zeros((rows, _bucket(int(lengths_B.max()), 16)), np.int32)
     for row, prompt in enumerate(prompts):
         ids_BT[row, : len(prompt)] = prompt
-    rules = _rules(settings, rows)
+    rules = _rules(settings)
 
     state = _prefill(cfg, new, params, router_bias_LE, ids_BT, lengths_B, rules)
     chunk = settings.max_new_tokens if on_token is None else STREAM_TOKENS
@@ -131,18 +134,23 @@ def _prefill(
 ) -> _State:
     """Read the prompts, right-padded, and draw each row's first token. Rows of length 0 are no rows."""
     rows, width = ids_BT.shape
+    ids_BT, lengths_B = mesh.constrain(ids_BT, "BT"), mesh.constrain(lengths_B, "B")
     cache = model.empty_cache(cfg, rows, width + new, stacked=False)
     segments_BT = (jnp.arange(width) < lengths_B[:, None]).astype(jnp.int32)
     aux = model.hidden(cfg, params, router_bias_LE, ids_BT, segments_BT=segments_BT, cache=cache)
-    last_B1D = jnp.take_along_axis(aux.hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-    assert aux.cache is not None  # one went in
+
+    def last(hidden_BTD: Array, lengths_B: Array) -> Array:
+        return jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+
+    last_B1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_B)
     state = _State(
         cache=aux.cache,
+        rows_B=mesh.constrain(jnp.arange(rows, dtype=jnp.int32), "B"),
         alive_B=lengths_B > 0,
-        token_B=jnp.zeros(rows, jnp.int32),
+        token_B=jnp.zeros_like(lengths_B),
         step=jnp.int32(0),
-        ids_BO=jnp.full((rows, new), -1, jnp.int32),
-        logprobs_BO=jnp.zeros((rows, new), jnp.float32),
+        ids_BO=mesh.constrain(jnp.full((rows, new), -1, jnp.int32), "BO"),
+        logprobs_BO=mesh.constrain(jnp.zeros((rows, new), jnp.float32), "BO"),
     )
     return _emit(state, model.head(cfg, params, last_B1D)[:, 0], rules)
 
@@ -165,20 +173,27 @@ def _decode(cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State,
 
 def _emit(state: _State, logits_BV: Array, rules: _Rules) -> _State:
     """Draw the next token of every row that is alive; a stop token is kept, and ends its row."""
-    keys_B = keys(rules.seed, rules.rows_B, state.cache.length_B)
-    token_B, logprob_B = draw(keys_B, logits_BV, rules.temperature, rules.top_p)
-    stopped_B = jnp.any(token_B[:, None] == rules.stop_ids, axis=1)
-    return dataclasses.replace(
-        state,
+
+    def draw_rows(logits_BV: Array, rows_B: Array, positions_B: Array, rules: _Rules) -> tuple[Array, Array]:
+        return draw(keys(rules.seed, rows_B, positions_B), logits_BV, rules.temperature, rules.top_p)
+
+    def record(all_BO: Array, new_B: Array, step: Array) -> Array:
+        return all_BO.at[:, step].set(new_B)
+
+    draw_rows = mesh.per_shard(draw_rows, ("BV", "B", "B", ""), ("B", "B"))
+    record = mesh.per_shard(record, ("BO", "B", ""), "BO")
+    token_B, logprob_B = draw_rows(logits_BV, state.rows_B, state.cache.length_B, rules)
+    stopped_B = jnp.any(token_B[:, None] == rules.stop_ids[None], axis=1)
+    return state.replace(
         alive_B=state.alive_B & ~stopped_B,
         token_B=token_B,
         step=state.step + 1,
-        ids_BO=state.ids_BO.at[:, state.step].set(jnp.where(state.alive_B, token_B, -1)),
-        logprobs_BO=state.logprobs_BO.at[:, state.step].set(logprob_B),
+        ids_BO=record(state.ids_BO, jnp.where(state.alive_B, token_B, -1), state.step),
+        logprobs_BO=record(state.logprobs_BO, logprob_B, state.step),
     )
 
 
-def _rules(settings: Sampling, rows: int) -> _Rules:
+def _rules(settings: Sampling) -> _Rules:
     stop_ids = np.full(_bucket(len(settings.stop_ids), 4), -1, np.int32)
     stop_ids[: len(settings.stop_ids)] = settings.stop_ids
     return _Rules(
@@ -187,7 +202,6 @@ def _rules(settings: Sampling, rows: int) -> _Rules:
         seed=jnp.int32(settings.seed),
         max_new=jnp.int32(settings.max_new_tokens),
         stop_ids=jnp.asarray(stop_ids),
-        rows_B=jnp.arange(rows, dtype=jnp.int32),
     )
 
 

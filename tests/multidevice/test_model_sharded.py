@@ -1,0 +1,102 @@
+"""The model on eight devices that the CPU pretends to have (data 2 x fsdp 2 x expert 2) against one: loss, gradients,
+text. Runs in a process of its own, since a process fixes its devices once."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax import mesh, model
+from glm_jax.config import Mesh, Model
+from glm_jax.sample.engine import Sampling, generate
+from glm_jax.train import step
+
+CFG = Model(
+    V=64, D=16, L=3, dense_layers=1, N=4, K=2, H=8, F=24, M=12, E=8, A=2, max_positions=64, rope_theta=1e4,
+    dtype="float32", remat="layer",
+)  # fmt: skip
+ROWS, LENGTH = 8, 16
+
+
+def test_eight_devices_compute_what_one_does():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def packed_batch():
+    """Random tokens in rows of two documents each, some with padding behind."""
+    random = np.random.default_rng(0)
+    ids_BT, targets_BT, mtp_targets_BT = random.integers(0, CFG.V, (3, ROWS, LENGTH)).astype(np.int32)
+    split_B1, end_B1 = random.integers(3, 8, (ROWS, 1)), random.integers(10, LENGTH + 1, (ROWS, 1))
+    at_T = np.arange(LENGTH)
+    segments_BT = ((1 + (at_T >= split_B1)) * (at_T < end_B1)).astype(np.int32)
+    positions_BT = (at_T - np.where(segments_BT == 2, split_B1, 0)).astype(np.int32)
+    weights_BT = (segments_BT > 0).astype(np.float32)
+    return {
+        "ids": ids_BT, "targets": targets_BT, "mtp_targets": mtp_targets_BT, "positions": positions_BT,
+        "segments": segments_BT, "weights": weights_BT, "mtp_weights": weights_BT * (at_T % 3 > 0),
+    }  # fmt: skip
+
+
+def random_model():
+    noise = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda spec: (0.3 * noise.normal(size=spec.shape) + (spec.kind == "norm")).astype(np.float32), model.specs(CFG)
+    )
+    return params, (0.2 * noise.normal(size=(CFG.router_rows, CFG.E))).astype(np.float32)
+
+
+def loss_and_gradient(params, router_bias_LE, batch):
+    totals = {name: batch[name].sum() for name in ("weights", "mtp_weights")}
+    totals |= {"microbatches": 1.0, "sequence_balance": 0.1}
+
+    @jax.jit
+    def run(params, router_bias_LE, batch):
+        return jax.value_and_grad(step.loss_fn, has_aux=True)(params, CFG, router_bias_LE, batch, 0.3, totals)
+
+    return run(params, router_bias_LE, batch)
+
+
+def check_loss_and_gradient(there):
+    params, router_bias_LE = random_model()
+    batch = packed_batch()
+    (loss, metrics), gradient = loss_and_gradient(params, router_bias_LE, batch)
+    rows = jax.NamedSharding(there, mesh.activation("BT"))
+    with jax.set_mesh(there):
+        layout = mesh.shardings(there, model.specs(CFG))
+        (sharded_loss, sharded_metrics), sharded = loss_and_gradient(
+            jax.device_put(params, layout), router_bias_LE, jax.device_put(batch, rows)
+        )
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    np.testing.assert_array_equal(sharded_metrics["load_LE"], metrics["load_LE"])
+    for (path, want), got, where in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(sharded), jax.tree.leaves(layout), strict=True
+    ):
+        assert got.sharding.is_equivalent_to(where, got.ndim), path  # a gradient lies where its weight does
+        error = np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want)
+        assert error < 1e-5, (path, error)
+
+
+def check_text(there):
+    params, router_bias_LE = random_model()
+    prompts = np.random.default_rng(2).integers(0, CFG.V, (5, 7)).tolist()  # fewer rows than devices
+    settings = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=10)
+    told = []
+    want = generate(CFG, jax.tree.map(jnp.asarray, params), router_bias_LE, prompts, settings=settings)
+    with jax.set_mesh(there):
+        placed = jax.device_put(params, mesh.shardings(there, model.specs(CFG)))
+        got = generate(
+            CFG, placed, router_bias_LE, prompts, settings=settings, on_token=lambda *token: told.append(token)
+        )
+    assert len(told) == 50
+    assert [completion.ids for completion in got] == [completion.ids for completion in want]
+
+
+if __name__ == "__main__":
+    eight = mesh.make(Mesh(data=2, fsdp=2, expert=2))
+    check_loss_and_gradient(eight)
+    check_text(eight)
