@@ -1,0 +1,118 @@
+"""The train step, checkpoints and the log: what must hold however a batch is cut and whenever a run ends."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import recipes
+from glm_jax import config, mesh, model
+from glm_jax.config import ConfigError
+from glm_jax.optim import optimizer
+from glm_jax.train import checkpoint, metrics, state
+from glm_jax.train.step import Knobs, train_step
+
+CFG = config.Model(
+    V=64, D=16, L=2, dense_layers=1, N=2, K=1, H=8, F=16, M=8, E=4, A=2, dtype="float32", max_positions=1024
+)
+TX = optimizer(config.Optim(ns_dtype="float32"), model.specs(CFG))
+
+
+def batch_of(microbatches: int, rows: int) -> dict[str, np.ndarray]:
+    text = np.random.default_rng(0).integers(0, CFG.V, (microbatches * rows, 10)).astype(np.int32)
+    weights = (np.random.default_rng(1).random((microbatches * rows, 8)) < 0.7).astype(np.float32)
+    batch = {"ids": text[:, :8], "targets": text[:, 1:9], "mtp_targets": text[:, 2:], "weights": weights}
+    batch |= {"mtp_weights": weights, "segments": np.ones_like(text[:, :8])}
+    batch["positions"] = np.broadcast_to(np.arange(8, dtype=np.int32), (microbatches * rows, 8))
+    return {name: z.reshape(microbatches, rows, 8) for name, z in batch.items()}
+
+
+def step(batch: dict[str, np.ndarray], microbatches: int, bias_rate: float = 0.01):
+    knobs = Knobs(*np.float32([1e-2, 0.3, bias_rate]), microbatches=np.int32(microbatches))
+    return train_step(state.create(CFG, TX, 0), batch, knobs, cfg=CFG, tx=TX, sequence_balance=1e-2)
+
+
+def test_accumulated_microbatches_equal_one_batch():
+    """Components are divided by the whole batch's counts, so uneven weights across microbatches do not matter."""
+    whole, told = step(batch_of(1, 4), 1)
+    cut, told_cut = step(batch_of(2, 2), 2)
+    for name in ("loss", "mtp_loss", "balance_loss", "gradient_norm", "load_LE"):
+        np.testing.assert_allclose(told_cut[name], told[name], rtol=1e-5, err_msg=name)  # float32 sums, another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cut.params, whole.params)
+    np.testing.assert_array_equal(cut.router_bias_LE, whole.router_bias_LE)
+
+
+def test_microbatches_behind_the_count_are_never_read():
+    batch = batch_of(2, 2)
+    short, _ = step({n: np.concatenate([z, 0 * z]) for n, z in batch_of(2, 2).items()}, 2)
+    same, _ = step(batch, 2)
+    jax.tree.map(np.testing.assert_array_equal, short, same)
+
+
+def test_the_balance_bias_moves_by_counts_alone_and_stops_at_rate_zero():
+    moved, told = step(batch_of(1, 4), 1)
+    expected = 0.01 * np.sign(told["load_LE"].mean(axis=1, keepdims=True) - told["load_LE"])
+    np.testing.assert_allclose(moved.router_bias_LE, expected, atol=1e-8)
+    frozen, _ = step(batch_of(1, 4), 1, bias_rate=0.0)
+    np.testing.assert_array_equal(frozen.router_bias_LE, 0)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """A stage's folder with one checkpoint, and the state in it."""
+    folder = tmp_path_factory.mktemp("run") / "stage1"
+    run = config.replace(recipes.get("smoke"), model=CFG)
+    checkpoint.save_run(folder, run, "stage1", folder.parent / "data")
+    saved, _ = step(batch_of(1, 4), 1)
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(7, saved, {"data": {"microbatch": 3}, "seconds": 1.5})
+    checkpoints.close()
+    return folder, run, saved
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_on_a_mesh(stage):
+    folder, _, saved = stage
+    with jax.set_mesh(mesh.make(config.Mesh(), jax.devices()[:1])):
+        restored, meta = checkpoint.Checkpoints(folder).restore(7, state.abstract(CFG, TX))
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    assert meta == {"data": {"microbatch": 3}, "seconds": 1.5}
+
+
+def test_parameters_load_from_the_folder_alone(stage):
+    folder, run, saved = stage
+    for path in (folder, folder.parent):
+        found, params, router_bias_LE, data = checkpoint.load_params(path)
+        jax.tree.map(np.testing.assert_array_equal, (params, router_bias_LE), (saved.params, saved.router_bias_LE))
+        assert found == config.replace(run, **{"model.rope_theta": run.pretrain[0].rope_theta})
+        assert data == folder.parent / "data"
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_a_log_opened_again_drops_what_came_after_the_checkpoint(tmp_path):
+    record = {"loss": 1.0, "lr": 0.1, "batch_tokens": 8}
+    log = metrics.Log(tmp_path, -1, 80, "stage")
+    for number in range(1, 6):
+        log.step({"step": number, **record}, 8 * number)
+    log.close()
+    with open(log.path, "a") as f:
+        f.write('{"kind": "step", "st')  # killed inside a line
+    assert [r["step"] for r in metrics.read(log.path)] == [1, 2, 3, 4, 5]
+    log = metrics.Log(tmp_path, 3, 80, "stage")
+    log.step({"step": 4, **record}, 32)
+    log.close()
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_worst_load_sums_counts_before_it_compares(tmp_path):
+    log = metrics.Log(tmp_path, -1, 80, "stage")
+    for number, load in enumerate(([[4, 0], [2, 2]], [[0, 4], [3, 1]]), start=1):
+        record = metrics.load_record(np.array(load))
+        log.step({"step": number, "loss": 1.0, "lr": 0.1, "batch_tokens": 8, **record}, 8 * number)
+    log.close()
+    assert math.isclose(metrics.worst_load(log.path), 5 / 4)
