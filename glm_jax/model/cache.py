@@ -1,7 +1,6 @@
 """The key-value cache: what the model remembers of a row of tokens while it is sampled."""
 
 import dataclasses
-
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,7 +52,8 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
         return old_BS.at[_slots(length_B, new_BT)].set(new_BT, mode="drop")
 
     write = mesh.per_shard(write, ("BS", "B", "BT"), "BS")
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         positions_BS=write(cache.positions_BS, cache.length_B, positions_BT),
         segments_BS=write(cache.segments_BS, cache.length_B, segments_BT),
     )
@@ -72,7 +72,7 @@ def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Ca
             return (*old[:layer], new_BKSH, *old[layer + 1 :])
         return mesh.per_shard(write, ("LBKSH", "B", "BTKH", ""), "LBKSH")(old, cache.length_B, new_BTKH, layer)
 
-    return cache.replace(k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
+    return dataclasses.replace(cache, k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
 
 
 def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
@@ -82,7 +82,7 @@ def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
 
 def advance(cache: Cache, segments_BT: Array) -> Cache:
     """Count the real tokens that have been written."""
-    return cache.replace(length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+    return dataclasses.replace(cache, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
 
 
 def _slots(length_B: Array, new_BT: Array) -> tuple[Array, Array]:

@@ -143,6 +143,7 @@ def _prefill(
         return jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
 
     last_B1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_B)
+    assert aux.cache is not None  # one went in
     state = _State(
         cache=aux.cache,
         rows_B=mesh.constrain(jnp.arange(rows, dtype=jnp.int32), "B"),
@@ -184,7 +185,8 @@ def _emit(state: _State, logits_BV: Array, rules: _Rules) -> _State:
     record = mesh.per_shard(record, ("BO", "B", ""), "BO")
     token_B, logprob_B = draw_rows(logits_BV, state.rows_B, state.cache.length_B, rules)
     stopped_B = jnp.any(token_B[:, None] == rules.stop_ids[None], axis=1)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         alive_B=state.alive_B & ~stopped_B,
         token_B=token_B,
         step=state.step + 1,
