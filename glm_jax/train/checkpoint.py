@@ -92,19 +92,19 @@ def stage_folder(path: Path) -> Path:
     """The stage folder that `path` means: itself, or the latest stage with a checkpoint inside a run's folder."""
     if (path / RUN_FILE).exists():
         return path
-    stages = [child.parent for child in path.glob(f"*/{RUN_FILE}") if _steps(child.parent)]
+    stages = [child.parent for child in path.glob(f"*/{RUN_FILE}") if committed(child.parent)]
     if not stages:
         raise ConfigError(
             f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"
         )
-    return max(stages, key=lambda folder: _steps(folder)[-1])
+    return max(stages, key=lambda folder: committed(folder)[-1])
 
 
 def load_params(path: Path) -> tuple[Run, model.GLM, jax.Array, Path]:
     """(run, params, router_bias_LE, data folder) of the last checkpoint under `path`; run.model has the stage's RoPE base."""
     folder = stage_folder(Path(path))
     run, stage, data = load_run(folder)
-    steps = _steps(folder)
+    steps = committed(folder)
     if not steps:
         raise ConfigError(f"{folder} holds no checkpoint yet")
     theta = next(s.rope_theta for s in run.stages if s.name == stage)
@@ -115,6 +115,6 @@ def load_params(path: Path) -> tuple[Run, model.GLM, jax.Array, Path]:
     return run, params, router_bias_LE, data
 
 
-def _steps(folder: Path) -> list[int]:
+def committed(folder: Path) -> list[int]:
     """Committed steps, without opening a manager: orbax writes under another name and renames when all is there."""
     return sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())

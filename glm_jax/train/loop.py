@@ -32,6 +32,8 @@ def train_stage(
     Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else from scratch.
     Killed at any moment and called again, it ends in the same bits. FloatingPointError where the loss is no number.
     """
+    if checkpoint.committed(out):
+        _check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
     if (out / RESULT_FILE).exists():
         return checkpoint.read_json(out / RESULT_FILE)
     device_mesh = mesh.make(run.mesh)
@@ -78,6 +80,8 @@ class _Trainer:
         self.step = int(self.state.step)
         expected = self.plan.first if step is None else step
         if self.step != expected:
+            if step is None and start is not None and not (start / RESULT_FILE).exists():
+                raise ConfigError(f"{start} has not ended: step {self.step} of {expected}; run its command again first")
             raise ConfigError(
                 f"stage {self.stage.name} begins at step {expected}, but the checkpoint is of step {self.step}; "
                 "the earlier stages' tokens or batch sizes have changed: give the settings they were trained with"
@@ -97,14 +101,17 @@ class _Trainer:
                 self.state, batch, knobs, cfg=self.cfg, tx=self.tx, sequence_balance=self.run.loss.sequence_balance
             )
             pending = self._report(pending)
-            pending = (planned, fetched, time.monotonic())
+            pending = (planned, fetched)
             self.step = planned.index + 1
             self.seconds = time.monotonic() - begun
-            if self.step % self.run.loop.checkpoint_every == 0 or self.step == self.last:
+            save = self.step % self.run.loop.checkpoint_every == 0 or self.step == self.last
+            look = self.run.loop.eval_every and self.step % self.run.loop.eval_every == 0 and self.step != self.last
+            if save or look:
                 pending = self._report(pending)  # a state is saved only once its loss is known to be finite
-                self._save()
-            elif self.run.loop.eval_every and self.step % self.run.loop.eval_every == 0:
+            if look:
                 self._evaluate(evaluate, "during")
+            if save:
+                self._save()
         self._evaluate(evaluate, "end")
         return self._finish(time.monotonic() - begun)
 
@@ -126,13 +133,13 @@ class _Trainer:
         """Fetch and log a step that has been dispatched; stop at a loss that is no number."""
         if pending is None:
             return
-        planned, fetched, dispatched = pending
+        planned, fetched = pending
         values = jax.device_get(fetched)
         step = planned.index + 1
         record: dict[str, Any] = {name: float(value) for name, value in values.items() if name != "load_LE"}
         record |= {"step": step, "stage": self.stage.name, "lr": planned.lr, "batch_tokens": planned.tokens}
         record |= {"tokens_seen": planned.tokens_before + planned.tokens, "mtp_weight": planned.mtp_weight}
-        record |= {"seconds": round(self.seconds, 3), "dispatched": round(dispatched, 3)}
+        record |= {"seconds": round(self.seconds, 3)}
         record |= metrics.load_record(values["load_LE"])
         if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
             raise FloatingPointError(
@@ -169,14 +176,7 @@ class _Trainer:
 
 def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, start: Path) -> state.State:
     """The last state of an earlier stage's folder, after checking that it is of the same shape."""
-    saved, _, _ = checkpoint.load_run(start)
-    shapes = {path: both for path, both in config.diff(run.model, saved.model).items() if path in _SHAPE_FIELDS}
-    if shapes or saved.optim != run.optim:
-        differ = shapes | config.diff(run.optim, saved.optim)
-        told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
-        raise ConfigError(
-            f"the checkpoint in {start} is of another shape: {told}; give the same settings, or another --from"
-        )
+    _check_shape(run, start)
     before = checkpoint.Checkpoints(start)
     try:
         step = before.latest()
@@ -187,7 +187,19 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
         before.close()
 
 
-_SHAPE_FIELDS = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
+def _check_shape(run: Run, folder: Path) -> None:
+    """Refuse the checkpoints of a stage's folder whose arrays are not those of `run`."""
+    saved, _, _ = checkpoint.load_run(folder)
+    differ = {path: both for path, both in config.diff(run, saved).items() if path in _SHAPE_FIELDS}
+    if differ:
+        told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
+        raise ConfigError(
+            f"the checkpoint in {folder} is of another shape: {told}; give the same settings, or another folder"
+        )
+
+
+_SHAPES = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
+_SHAPE_FIELDS = (*(f"model.{name}" for name in _SHAPES), "optim.name", "optim.lm_head", "optim.router")
 
 
 def _knobs(planned: Step) -> Knobs:
@@ -210,5 +222,9 @@ def _describe(run: Run, stage: Stage) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the source tree, if it is a git checkout."""
     here = Path(__file__).parent
-    done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # a machine without git
+        return None
     return done.stdout.strip() or None

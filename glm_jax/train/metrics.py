@@ -60,6 +60,8 @@ class Log:
     def _show(self, record: dict[str, Any], done: int) -> None:
         now = time.monotonic()
         if not self._plain:
+            if not self._bar.n:
+                self._bar.initial = done - record["batch_tokens"]  # the time left follows from this process's rate
             self._bar.n = done
             self._bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}")
         elif now - self._printed > PLAIN_LINE_SECONDS or done >= self._total:
