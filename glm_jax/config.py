@@ -62,7 +62,7 @@ class Model:
     dtype: DType = "bfloat16"
     balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
     remat: Literal["none", "layer"] = "layer"
-    implementation: str | None = None  # of the kernels; None: the best that applies
+    implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
 
     def __post_init__(self):
         for letter in "VDLNKHFMEA":
@@ -222,6 +222,7 @@ class Data:
         _require(0 < self.held_out < 0.5, f"held_out={self.held_out} must lie in (0, 0.5)")
         _require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
         _require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
+        _require(self.max_document_bytes >= 1, f"max_document_bytes={self.max_document_bytes} must be at least 1")
         _require(0 < self.duplicate_jaccard <= 1, f"duplicate_jaccard={self.duplicate_jaccard} must lie in (0, 1]")
 
 
@@ -250,6 +251,12 @@ class Loop:
     keep_checkpoints: int = 2
     eval_bytes: int = 200_000  # of held-out text per domain
     eval_every: int = 0  # steps; 0: at the start and the end of a stage
+
+    def __post_init__(self):
+        _require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in 0..2^31-1")
+        for name in ("checkpoint_every", "keep_checkpoints", "eval_bytes"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        _require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative; 0 is never on the way")
 
 
 @dataclass(frozen=True)
