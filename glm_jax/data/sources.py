@@ -107,7 +107,8 @@ def list_folder(root: Path) -> list[Path]:
     files = []
     for here, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _CACHES]
-        files += [Path(here, name) for name in names if not name.startswith(".")]
+        paths = (Path(here, name) for name in names if not name.startswith("."))
+        files += [path for path in paths if path.is_file()]  # no dangling links, no pipes
     if not files:
         raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
