@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import cli, pretrain, sweeps
-from glm_jax.config import Run, canonical, fingerprint
+from glm_jax.config import ConfigError, Run, canonical, fingerprint, nearest
+
+METRICS = ("general", "code", "math", "code+math", "stdlib", "long", "expert_load", "seconds")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Args:
 def main(args: Args) -> None:
     """Run what has not run yet, then print the table and draw the plot."""
     sweep = sweeps.get(args.sweep)
+    if args.metric not in METRICS:
+        raise ConfigError(f"unknown metric {args.metric!r}; {nearest(args.metric, list(METRICS))}")
     runs = list(sweep.runs())
     records = []
     for i, (changes, run) in enumerate(runs):
