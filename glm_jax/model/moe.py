@@ -58,7 +58,9 @@ def moe(cfg: Model, p: MoE, bias_E: Array, x_BTD: Array, real_BT: Array) -> tupl
     """Routed experts plus the unscaled, ungated shared expert. `real_BT` is False on padding, which counts nowhere."""
     scores_BTE = jax.nn.sigmoid(jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p.router_DE.astype(jnp.float32)))
     experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E)
-    y_BTD = routed_experts(x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD)
+    y_BTD = routed_experts(
+        x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD, implementation=cfg.implementation
+    )
     if p.shared is not None:
         y_BTD = y_BTD + shared(p.shared, x_BTD)
 
