@@ -17,7 +17,7 @@
 # The model in shapes, a few training steps, expert load as a picture, and a sample. About three minutes on two CPU
 # cores; the same cells run on a GPU or a TPU.
 #
-# On Colab, run this first: `!git clone <this repository> glm && cd glm && pip install -e .`
+# On Colab, run this in a cell of its own first, with this repository's address: `!git clone ADDRESS glm && pip install -q ./glm`
 
 # %%
 import os
