@@ -57,17 +57,20 @@ def train(run: Run, stage: Stage, out: Path | None, start: Path | None, data: Pa
     elif out is None:
         raise ConfigError("--out is missing: give the run's folder, e.g. --out runs/a")
     data = data or out / "data"
+    loop.check_layout(run, stage)
     data_script.make(run, data)
-    return loop.train_stage(
-        run, stage, out / stage.name, data, start=start_folder, evaluate=evaluator(data, run, stage)
-    )
+    folder = out / stage.name
+    result = loop.train_stage(run, stage, folder, data, start=start_folder, evaluate=evaluator(data, run, stage))
+    ended = ", ".join(f"{name} {result['start'][name]:.3f} -> {value:.3f}" for name, value in result["end"].items())
+    print(f"{folder}: {result['tokens']:,} tokens; held-out bits per byte: {ended}", flush=True)
+    return result
 
 
 def run_folder(path: Path) -> Path:
     """The run's folder, given it or one of its stages'."""
     from glm_jax.train import checkpoint
 
-    return path.parent if (path / checkpoint.RUN_FILE).exists() else path
+    return path.resolve().parent if (path / checkpoint.RUN_FILE).exists() else path
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main(args: Args, run: Run) -> None:
     from glm_jax.train import checkpoint, loop
 
     _check(args.out, run)
+    loop.check_layout(run, *run.stages)
     parts: list[tuple[str, Callable[[], Any]]] = []  # (file that is there when it is done, what makes it)
     for stage in run.stages:
         train = partial(pretrain.train, run, stage, args.out, None, None)

@@ -102,6 +102,7 @@ def _run(sweep: sweeps.Sweep, changes: dict[str, Any], run: Run, args: Args, pat
     """Train one point and write its result, once, whole."""
     import jax
 
+    from glm_jax.evals.report import expert_load
     from glm_jax.train import checkpoint, metrics
 
     folder = args.out / fingerprint(run)
@@ -112,10 +113,11 @@ def _run(sweep: sweeps.Sweep, changes: dict[str, Any], run: Run, args: Args, pat
         result = pretrain.train(run, stages[name], folder, start, data)
         start = folder
     last = folder / sweep.stages[-1]
+    worst = max(expert_load(metrics.read(last / "log.jsonl", "step")))
     record = {
         "sweep": args.sweep, "fingerprint": fingerprint(run), "changes": changes, "config": canonical(run),
         "commit": metrics.read(last / "log.jsonl", "run")[0]["commit"], "device": str(jax.devices()[0]),
-        "metrics": {**result["end"], "expert_load": metrics.worst_load(last / "log.jsonl"), "seconds": result["seconds"]},
+        "metrics": {**result["end"], "expert_load": worst, "seconds": result["seconds"]},
     }  # fmt: skip
     checkpoint.write_json(path, record)
     return record

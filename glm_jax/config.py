@@ -282,13 +282,10 @@ class Run:
                 stage.seq_len <= self.model.max_positions,
                 f"stage {stage.name}: seq_len={stage.seq_len} exceeds max_positions={self.model.max_positions}",
             )
-            for which in ("batch_tokens_start", "batch_tokens"):
-                _divides(
-                    "microbatch_tokens",
-                    stage.microbatch_tokens,
-                    f"stage {stage.name}: schedule.{which}",
-                    getattr(self.schedule, which),
-                )
+            ramping = self.tokens_before(stage.name) < self.schedule.batch_ramp_tokens
+            for which in ("batch_tokens_start", "batch_tokens") if ramping else ("batch_tokens",):
+                total = getattr(self.schedule, which)
+                _divides("microbatch_tokens", stage.microbatch_tokens, f"stage {stage.name}: schedule.{which}", total)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

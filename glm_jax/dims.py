@@ -5,6 +5,8 @@ An array's name ends in its logical dimensions: `x_BTD` is [batch, tokens, width
 """
 
 LETTERS: dict[str, str] = {
+    "C": "microbatches of a step",
+    "O": "tokens that a row has been given by sampling",
     "B": "batch: rows of tokens",
     "T": "query tokens of a row",
     "S": "key tokens: what a query may look at",

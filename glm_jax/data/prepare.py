@@ -125,16 +125,18 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         if stage.name in _OWN_FOLDERS or "/" in stage.name or stage.name.startswith("."):
             raise DataError(f"a stage's name is its folder's and cannot be {stage.name!r}; choose another")
     path = out / "config.json"
-    folders = {name: _listing(Path(name)) for name in run.data.paths}
-    config = {"settings": settings(run), "inputs": {"folders": folders, "versions": sources.environment()}}
-    if not path.is_file():
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if found is not None and (out / "manifest.json").is_file():
+        inputs = found["inputs"]  # finished: what its sources are today no longer matters
+    else:
+        folders = {name: _listing(Path(name)) for name in run.data.paths}
+        inputs = {"folders": folders, "versions": sources.environment()}
+    config = {"settings": settings(run), "inputs": inputs}
+    if found is None:
         if any(item.suffix != ".tmp" for item in out.iterdir()):
             raise DataError(f"{out} has files but is no data folder; choose an empty or new folder for --out")
         write(path, _pretty(config))
         return config
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if (out / "manifest.json").is_file():
-        config["inputs"]["versions"] = found["inputs"]["versions"]  # finished: what is installed now no longer matters
     ours, theirs = flatten(json.loads(json.dumps(config))), flatten(found)
     ours, theirs = _spread(ours), _spread(theirs)
     changed = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]

@@ -116,7 +116,8 @@ def hidden(
 
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
     if next_ids_BT is not None and params.mtp is not None:
-        mtp_hidden_BTD, last = mtp(cfg, params.mtp, router_bias_LE[-1], hidden_BTD, embed(table_VD, next_ids_BT), at)
+        run = partial(jax.checkpoint, static_argnums=0)(mtp) if cfg.remat == "layer" else mtp
+        mtp_hidden_BTD, last = run(cfg, params.mtp, router_bias_LE[-1], hidden_BTD, embed(table_VD, next_ids_BT), at)
         routings.append(jax.tree.map(lambda z: z[None], last))
     load_LE, balance_L = (
         jnp.concatenate([getattr(r, name) for r in routings]) if routings else jnp.zeros((0, *tail))

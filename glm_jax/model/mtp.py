@@ -10,7 +10,7 @@ from glm_jax.model.attention import Places
 from glm_jax.model.blocks import MoEBlock, block
 from glm_jax.model.moe import Routing
 from glm_jax.model.ops import rms_norm
-from glm_jax.spec import norm, part, weight
+from glm_jax.spec import declare, norm, part, weight
 
 
 @struct.dataclass
@@ -27,13 +27,10 @@ def mtp(cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, a
 
     hidden_BTD is the main model's, after its final norm; next_BTD embeds the next token of each position.
     """
-    project_UD = mesh.gather(p.project_UD, MTP_PROJECT.resolve(cfg, None), cfg.dtype)
+    project_UD = mesh.gather(p.project_UD, declare(MTP, cfg).project_UD, cfg.dtype)
     u_BTU = jnp.concatenate(
         [rms_norm(next_BTD, p.embed_norm_D, cfg.norm_eps), rms_norm(hidden_BTD, p.hidden_norm_D, cfg.norm_eps)], axis=-1
     )
     g_BTD, _, routing = block(cfg, p.block, bias_E, jnp.einsum("btu,ud->btd", u_BTU, project_UD), at)
     assert routing is not None  # its block is an MoE layer
     return rms_norm(g_BTD, p.norm_D, cfg.norm_eps), routing
-
-
-MTP_PROJECT = MTP.__dataclass_fields__["project_UD"].metadata["spec"]

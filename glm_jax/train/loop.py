@@ -39,7 +39,7 @@ def train_stage(
     device_mesh = mesh.make(run.mesh)
     cfg = config.replace(run.model, rope_theta=stage.rope_theta)
     specs = model.specs(cfg)
-    mesh.check(device_mesh, specs, stage.microbatch_rows)
+    check_layout(run, stage)
     tx = optimizer(run.optim, specs)
     checkpoint.save_run(out, run, stage.name, data)
     with jax.set_mesh(device_mesh):
@@ -49,6 +49,13 @@ def train_stage(
             return trainer.train(evaluate)
         finally:
             trainer.close()
+
+
+def check_layout(run: Run, *stages: Stage) -> None:
+    """Raise ConfigError where one of `stages` cannot be laid out over the devices there are, before anything is done."""
+    here = mesh.make(run.mesh)
+    for stage in stages:
+        mesh.check(here, model.specs(run.model), stage.microbatch_rows)
 
 
 class _Trainer:

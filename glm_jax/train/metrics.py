@@ -95,9 +95,3 @@ def load_record(load_LE: np.ndarray) -> dict[str, Any]:
     if load_LE.size <= FULL_LOAD_LIMIT:
         record["load"] = load_LE.astype(int).tolist()
     return record
-
-
-def worst_load(path: Path, steps: int = 50) -> float:
-    """Worst layer's max/mean expert load, of the counts summed over a log's last `steps` steps."""
-    load = np.sum([record["load"] for record in read(path, "step")[-steps:]], axis=0)
-    return float(np.max(load.max(axis=1) / load.mean(axis=1)))

@@ -92,12 +92,14 @@ def test_what_does_not_decide_the_data_may_change_and_what_does_is_refused_by_na
         prepare.prepare(replace(run, **{"data.seed": 5, "pretrain.0.tokens": 20_001}), folder, quiet)
 
 
-def test_changed_input_files_are_refused(run, folder, tmp_path):
+def test_input_files_that_change_under_an_unfinished_folder_are_refused(run, folder, tmp_path):
     root = tmp_path / "library"
     shutil.copytree(run.data.paths[0], root)
     changed = replace(run, **{"data.paths": (str(root),)})
     out = prepare.prepare(changed, tmp_path / "out", quiet)
     (root / "new.txt").write_text("one more page of text\n" * 9)
+    assert prepare.prepare(changed, out, quiet) == out  # finished: a run goes on with what it has
+    (out / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"inputs\.folders"):
         prepare.prepare(changed, out, quiet)
 

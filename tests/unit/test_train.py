@@ -1,7 +1,6 @@
 """The train step, checkpoints and the log: what must hold however a batch is cut and whenever a run ends."""
 
 import json
-import math
 
 import jax
 import numpy as np
@@ -106,12 +105,3 @@ def test_a_log_opened_again_drops_what_came_after_the_checkpoint(tmp_path):
     log.step({"step": 4, **record}, 32)
     log.close()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_worst_load_sums_counts_before_it_compares(tmp_path):
-    log = metrics.Log(tmp_path, -1, 80, "stage")
-    for number, load in enumerate(([[4, 0], [2, 2]], [[0, 4], [3, 1]]), start=1):
-        record = metrics.load_record(np.array(load))
-        log.step({"step": number, "loss": 1.0, "lr": 0.1, "batch_tokens": 8, **record}, 8 * number)
-    log.close()
-    assert math.isclose(metrics.worst_load(log.path), 5 / 4)
