@@ -47,7 +47,8 @@ def main(args: Args) -> None:
         told = ", ".join(f"{name}={value}" for name, value in changes.items())
         path = args.results / f"{fingerprint(run)}.json"
         print(f"[{i + 1}/{len(runs)}] {told}: {'done before' if path.exists() else 'running'}", flush=True)
-        records.append(_finished(path) if path.exists() else _run(sweep, changes, run, args, path))
+        record = _finished(path) if path.exists() else _run(sweep, run, args, path)
+        records.append({**record, "changes": changes})  # a run of two sweeps is one file; what it changes is each one's
     rows = table(records, args.metric)
     print(f"\n{args.sweep}: {args.metric}, mean and standard error over {len(sweep.seeds)} seeds\n" + markdown(rows))
     figure = args.out / f"{args.sweep}_{args.metric}.svg"
@@ -98,7 +99,7 @@ def plot(rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _run(sweep: sweeps.Sweep, changes: dict[str, Any], run: Run, args: Args, path: Path) -> dict[str, Any]:
+def _run(sweep: sweeps.Sweep, run: Run, args: Args, path: Path) -> dict[str, Any]:
     """Train one point and write its result, once, whole."""
     import jax
 
@@ -115,7 +116,7 @@ def _run(sweep: sweeps.Sweep, changes: dict[str, Any], run: Run, args: Args, pat
     last = folder / sweep.stages[-1]
     worst = max(expert_load(metrics.read(last / "log.jsonl", "step")))
     record = {
-        "sweep": args.sweep, "fingerprint": fingerprint(run), "changes": changes, "config": canonical(run),
+        "fingerprint": fingerprint(run), "config": canonical(run),
         "commit": metrics.read(last / "log.jsonl", "run")[0]["commit"], "device": str(jax.devices()[0]),
         "metrics": {**result["end"], "expert_load": worst, "seconds": result["seconds"]},
     }  # fmt: skip
