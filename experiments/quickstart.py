@@ -78,10 +78,13 @@ class _Clock:
 
 
 def _peak_rss_gb() -> float:
-    """The most memory that this process has had, plus the most that one of its children had; GB of 10^9 bytes."""
+    """The most memory that this process or one of its children has had, GB of 10^9 bytes.
+
+    Not their sum: the one child, git, is forked and counts its parent's pages as its own.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     return (
-        sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
     )
 
 
