@@ -86,7 +86,10 @@ def evaluator(data: Path, run: Run, stage: Stage) -> Evaluate:
     domains = _domains(data, run.loop.eval_bytes)
     short = list(dict.fromkeys(text for name, texts in domains.items() if name != "long" for text in texts))
     parts = [(short, stage), (domains["long"], run.stages[-1])]
-    prepared = [(texts, cut(texts, tokenizer, at.seq_len, at.microbatch_rows)) for texts, at in parts]
+    devices = mesh.make(run.mesh).size
+    prepared = [
+        (texts, cut(texts, tokenizer, at.seq_len, -(-at.microbatch_rows // devices) * devices)) for texts, at in parts
+    ]
 
     def evaluate(cfg: Model, params: model.GLM, router_bias_LE: Array) -> dict[str, float]:
         short, long = (
