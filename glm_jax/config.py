@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -219,6 +220,10 @@ class Data:
     max_document_bytes: int = 1_000_000
 
     def __post_init__(self):
+        names = [PurePath(path).name for path in self.paths]
+        _require(
+            len(set(names)) == len(names), f"paths={self.paths}: folders must differ in their last part; rename one"
+        )
         _require(0 < self.held_out < 0.5, f"held_out={self.held_out} must lie in (0, 0.5)")
         _require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
         _require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
