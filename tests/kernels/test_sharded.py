@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import attention, grouped_matmul
 
 
+@pytest.mark.slow
 def test_kernels_on_eight_devices():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-m", __name__], env=env, capture_output=True, text=True)

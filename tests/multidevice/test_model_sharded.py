@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from glm_jax import mesh, model
 from glm_jax.config import Mesh, Model
@@ -21,6 +22,7 @@ CFG = Model(
 ROWS, LENGTH = 8, 16
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)

@@ -6,10 +6,12 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 STEPS = 5
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True)
