@@ -14,7 +14,7 @@ help:  ## this list
 quickstart: $(VENV)/installed  ## raw documents -> trained miniature -> runs/quickstart/report.html, in minutes
 	$(BIN)/python -m experiments.quickstart --out runs/quickstart
 
-smoke: $(VENV)/installed  ## the same in about a minute, for continuous integration
+smoke: $(VENV)/installed  ## the same on a tenth of the tokens, for continuous integration
 	$(BIN)/python -m experiments.quickstart --recipe smoke --out runs/smoke
 
 test: $(VENV)/installed-dev  ## every test

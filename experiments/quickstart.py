@@ -1,7 +1,7 @@
 """The whole story in miniature on this machine: documents, both pre-training stages, mid-training, a report to look at.
 
     python -m experiments.quickstart --recipe tiny --out runs/quickstart      (ten minutes on two cores)
-    python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in about a minute)
+    python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code on a tenth of the tokens)
 
 It calls the functions of experiments.data, pretrain, midtrain and evaluate, in one process. Run it again to go on where
 it was interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the

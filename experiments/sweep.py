@@ -9,6 +9,7 @@ from these files alone.
 """
 
 import itertools
+import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(args: Args) -> None:
         told = ", ".join(f"{name}={value}" for name, value in changes.items())
         path = args.results / f"{fingerprint(run)}.json"
         print(f"[{i + 1}/{len(runs)}] {told}: {'done before' if path.exists() else 'running'}", flush=True)
-        record = _finished(path) if path.exists() else _run(sweep, run, args, path)
+        record = json.loads(path.read_text()) if path.exists() else _run(sweep, run, args, path)
         records.append({**record, "changes": changes})  # a run of two sweeps is one file; what it changes is each one's
     rows = table(records, args.metric)
     print(f"\n{args.sweep}: {args.metric}, mean and standard error over {len(sweep.seeds)} seeds\n" + markdown(rows))
@@ -122,12 +123,6 @@ def _run(sweep: sweeps.Sweep, run: Run, args: Args, path: Path) -> dict[str, Any
     }  # fmt: skip
     checkpoint.write_json(path, record)
     return record
-
-
-def _finished(path: Path) -> dict[str, Any]:
-    from glm_jax.train import checkpoint
-
-    return checkpoint.read_json(path)
 
 
 if __name__ == "__main__":

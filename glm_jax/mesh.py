@@ -42,11 +42,10 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
 
 def check(mesh: jax.sharding.Mesh, specs: Any, rows: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` cannot be split over `mesh`."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
-    if rows % shards:
+    if rows % mesh.size:
         raise ConfigError(
-            f"a microbatch of B={rows} rows cannot be split over {shards} devices (data x fsdp x expert); "
-            f"set microbatch_rows to a multiple of {shards}"
+            f"a microbatch of B={rows} rows cannot be split over {mesh.size} devices (data x fsdp x expert); "
+            f"set microbatch_rows to a multiple of {mesh.size}"
         )
     for name, spec in leaves(specs):
         for letter, size, axis in zip(spec.dims, spec.shape, at_rest(spec), strict=True):

@@ -36,7 +36,7 @@ def tiny() -> Run:
 
 
 def smoke() -> Run:
-    """`tiny` cut to about a minute: the same code for continuous integration."""
+    """`tiny` on a tenth of the tokens: the same code for continuous integration."""
     return replace(
         tiny(),
         **{
