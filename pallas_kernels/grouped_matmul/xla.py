@@ -111,15 +111,20 @@ def sort_by_expert(experts_R: Array, groups: int) -> tuple[Array, Array]:
     return order_R, (expert_R[:, None] == jnp.arange(groups)).sum(0, dtype=jnp.int32)
 
 
+def _in_expert_order(experts_XA: Array, weights_XA: Array, groups: int) -> tuple[Array, Array, Array, Array]:
+    """The (token, choice) pairs expert by expert: which pair, its token, its weight in float32; and rows per expert."""
+    order_R, size_E = sort_by_expert(experts_XA.reshape(-1), groups)
+    return order_R, order_R // experts_XA.shape[1], weights_XA.reshape(-1)[order_R].astype(F32), size_E
+
+
 def expert_mlp(
     x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
 ) -> Array:
     if x_XD.shape[0] <= SMALLEST_BLOCK:
         return _all_experts(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    (E, _, M), (rows, A) = gate_EDM.shape, (experts_XA.size, experts_XA.shape[1])
+    (E, _, M), rows = gate_EDM.shape, experts_XA.size
     block = block_rows(rows, E)
-    order_R, size_E = sort_by_expert(experts_XA.reshape(rows), E)
-    token_R, weight_R = order_R // A, weights_XA.reshape(rows)[order_R].astype(F32)
+    _, token_R, weight_R, size_E = _in_expert_order(experts_XA, weights_XA, E)
 
     def group(y_XD, of_group):
         gate_DM, up_DM, down_MD, size, end = of_group
@@ -157,10 +162,9 @@ def expert_mlp_grad(
     x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array, dy_XD: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Gradients of `expert_mlp` for x, gate, up, down and weights; the hidden layer is computed again, block by block."""
-    (E, D, M), (rows, A) = gate_EDM.shape, (experts_XA.size, experts_XA.shape[1])
+    (E, D, M), rows = gate_EDM.shape, experts_XA.size
     block = block_rows(rows, E)
-    order_R, size_E = sort_by_expert(experts_XA.reshape(rows), E)
-    token_R, weight_R = order_R // A, weights_XA.reshape(rows)[order_R].astype(F32)
+    order_R, token_R, weight_R, size_E = _in_expert_order(experts_XA, weights_XA, E)
 
     def group(carry, of_group):
         gate_DM, up_DM, down_MD, size, end = of_group
