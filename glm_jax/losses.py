@@ -1,9 +1,21 @@
 """Losses as pure functions of arrays. A training loss is a sum of components, each over its own global token count."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
 from jax import Array
 
 from glm_jax import mesh
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear_cross_entropy, linear_token_loss
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the tokens of a batch were sampled, and how far from that policy one step may go (clip-higher)."""
+
+    clip: tuple[float, float] = (0.2, 0.28)
+    temperature: float = 1.0
 
 
 def next_token(
@@ -14,13 +26,52 @@ def next_token(
     The sum is differentiable; a target of weight 0 adds nothing. Divide by the weights' global sum for a mean.
     """
 
-    def local(hidden_BTD, head_DV, targets_BT, weights_BT):
-        x_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        loss, log_prob_X = linear_cross_entropy(
-            x_XD, mesh.vary(head_DV), targets_BT.reshape(-1), weights_BT.reshape(-1), implementation=implementation
-        )
-        return mesh.total(loss), log_prob_X.reshape(targets_BT.shape)
+    def loss(x_XD, head_DV, targets_X, weights_X):
+        return linear_cross_entropy(x_XD, head_DV, targets_X, weights_X, implementation=implementation)
 
-    targets_BT, weights_BT = (mesh.constrain(z, "BT") for z in (targets_BT, weights_BT))
-    run = mesh.per_shard(local, ("BTD", "DV", "BT", "BT"), ("", "BT"))
-    return run(hidden_BTD, head_DV, targets_BT, weights_BT)
+    return _over_shards(loss, hidden_BTD, head_DV, targets_BT, weights_BT)
+
+
+def policy_gradient(
+    hidden_BTD: Array,
+    head_DV: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    advantages_BT: Array,
+    old_log_prob_BT: Array,
+    policy: Policy = Policy(),
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """GRPO's clipped surrogate without KL (spec section 8): (sum of weight * loss, log-probability of each target).
+
+    loss = -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_prob - old_log_prob), (low, high) the policy's
+    clip, and logits divided by its temperature. Divide the sum by the weights' global sum: weights of 1
+    give the token-weighted mean, of 1/|y| the mean over sequences.
+    """
+    low, high = policy.clip
+
+    def token_loss(log_prob_X, weights_X, advantages_X, old_X):
+        ratio_X = jnp.exp(jnp.where(weights_X != 0, log_prob_X - old_X, 0))
+        clipped_X = jnp.clip(ratio_X, 1 - low, 1 + high)
+        return -weights_X * jnp.minimum(ratio_X * advantages_X, clipped_X * advantages_X)
+
+    def loss(x_XD, head_DV, targets_X, *of_token):
+        return linear_token_loss(token_loss, x_XD, head_DV, targets_X, *of_token, implementation=implementation)
+
+    return _over_shards(
+        loss, hidden_BTD / policy.temperature, head_DV, targets_BT, weights_BT, advantages_BT, old_log_prob_BT
+    )
+
+
+def _over_shards(
+    loss: Callable[..., tuple[Array, Array]], hidden_BTD: Array, head_DV: Array, *of_token: Array
+) -> tuple[Array, Array]:
+    """`loss` of each device's tokens: its sum over all devices, and a value per token."""
+
+    def local(hidden_BTD, head_DV, *of_token):
+        x_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        value, per_token_X = loss(x_XD, mesh.vary(head_DV), *(z.reshape(-1) for z in of_token))
+        return mesh.total(value), per_token_X.reshape(of_token[0].shape)
+
+    run = mesh.per_shard(local, ("BTD", "DV", *["BT"] * len(of_token)), ("", "BT"))
+    return run(hidden_BTD, head_DV, *(mesh.constrain(z, "BT") for z in of_token))

@@ -1,5 +1,8 @@
 """Chunks of tokens in a scan, gradients formed beside the loss: three matmuls in all, and logits that stay in cache."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,42 +16,49 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
     return next(n for n in range(most, 0, -1) if tokens % n == 0)
 
 
-@jax.custom_vjp
-def linear_cross_entropy(x_XD: Array, w_DV: Array, targets_X: Array, weights_X: Array) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_token_loss(
+    token_loss: Callable[..., Array], x_XD: Array, w_DV: Array, targets_X: Array, *of_token: Array
+) -> tuple[Array, Array]:
     def chunk(total, piece):
-        x_CD, targets_C, weights_C = piece
+        x_CD, targets_C, *of_token = piece
         _, _, log_prob_C = _log_prob(x_CD, w_DV, targets_C)
-        return total + _weighted_nll(log_prob_C, weights_C), log_prob_C
+        return total + jnp.sum(token_loss(log_prob_C, *of_token)), log_prob_C
 
-    zero = 0 * weights_X[0]  # varies over the same mesh axes as the inputs
-    loss, log_prob = jax.lax.scan(chunk, zero, _chunks(w_DV, x_XD, targets_X, weights_X))
+    loss, log_prob = jax.lax.scan(chunk, _zero(x_XD), _chunks(w_DV, x_XD, targets_X, *of_token))
     return loss, log_prob.reshape(-1)
 
 
-def _forward(x_XD: Array, w_DV: Array, targets_X: Array, weights_X: Array):
+def _forward(token_loss: Callable[..., Array], x_XD: Array, w_DV: Array, targets_X: Array, *of_token: Array):
     def chunk(carry, piece):
         total, dw_DV = carry
-        x_CD, targets_C, weights_C = piece
+        x_CD, targets_C, *of_token = piece
         logits_CV, lse_C, log_prob_C = _log_prob(x_CD, w_DV, targets_C)
+        loss_C, slope_C = jax.jvp(lambda z: token_loss(z, *of_token), (log_prob_C,), (jnp.ones_like(log_prob_C),))
         hit_CV = targets_C[:, None] == jnp.arange(w_DV.shape[1], dtype=targets_C.dtype)
-        dlogits_CV = (jnp.exp(logits_CV - lse_C[:, None]) - hit_CV) * weights_C[:, None]
-        dlogits_CV = jnp.where(weights_C[:, None] != 0, dlogits_CV, 0).astype(x_CD.dtype)
+        dlogits_CV = (hit_CV - jnp.exp(logits_CV - lse_C[:, None])) * slope_C[:, None]
+        dlogits_CV = jnp.where(slope_C[:, None] != 0, dlogits_CV, 0).astype(x_CD.dtype)
         dx_CD = jnp.einsum("cv,dv->cd", dlogits_CV, w_DV)
         dw_DV = dw_DV + jnp.einsum("cd,cv->dv", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
-        return (total + _weighted_nll(log_prob_C, weights_C), dw_DV), (log_prob_C, dx_CD)
+        return (total + jnp.sum(loss_C), dw_DV), (log_prob_C, dx_CD)
 
-    start = (0 * weights_X[0], jnp.zeros_like(w_DV, jnp.float32) + 0 * weights_X[0])
-    (loss, dw_DV), (log_prob, dx) = jax.lax.scan(chunk, start, _chunks(w_DV, x_XD, targets_X, weights_X))
-    return (loss, log_prob.reshape(-1)), (dx.reshape(x_XD.shape), dw_DV.astype(w_DV.dtype))
+    start = (_zero(x_XD), jnp.zeros_like(w_DV, jnp.float32) + _zero(x_XD))
+    (loss, dw_DV), (log_prob, dx) = jax.lax.scan(chunk, start, _chunks(w_DV, x_XD, targets_X, *of_token))
+    return (loss, log_prob.reshape(-1)), (dx.reshape(x_XD.shape), dw_DV.astype(w_DV.dtype), (None,) * len(of_token))
 
 
-def _backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]):
-    dx_XD, dw_DV = saved
+def _backward(_: Callable[..., Array], saved: tuple[Array, Array, tuple[None, ...]], cotangents: tuple[Array, Array]):
+    dx_XD, dw_DV, none_of_token = saved
     scale, _ = cotangents
-    return dx_XD * scale.astype(dx_XD.dtype), dw_DV * scale.astype(dw_DV.dtype), None, None
+    return dx_XD * scale.astype(dx_XD.dtype), dw_DV * scale.astype(dw_DV.dtype), None, *none_of_token
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+linear_token_loss.defvjp(_forward, _backward)
+
+
+def _zero(x_XD: Array) -> Array:
+    """A float32 zero that varies over the same mesh axes as the inputs."""
+    return (0 * x_XD[0, 0]).astype(jnp.float32)
 
 
 def _chunks(w_DV: Array, *rows: Array) -> tuple[Array, ...]:
@@ -61,7 +71,3 @@ def _log_prob(x_CD: Array, w_DV: Array, targets_C: Array) -> tuple[Array, Array,
     lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
     hit_CV = targets_C[:, None] == jnp.arange(w_DV.shape[1], dtype=targets_C.dtype)
     return logits_CV, lse_C, jnp.sum(jnp.where(hit_CV, logits_CV, 0), axis=-1) - lse_C
-
-
-def _weighted_nll(log_prob_C: Array, weights_C: Array) -> Array:
-    return -jnp.sum(jnp.where(weights_C != 0, weights_C * log_prob_C, 0))

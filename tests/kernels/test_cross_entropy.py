@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cross_entropy import linear_cross_entropy, xla
+from pallas_kernels.cross_entropy import linear_cross_entropy, linear_token_loss, xla
 
 
 def inputs(X: int, D: int, V: int, dtype: str = "float32"):
@@ -49,7 +49,23 @@ def test_a_weight_of_zero_gives_nothing_and_takes_nothing():
 
 def test_shapes_and_names_that_do_not_fit_are_told():
     x_XD, w_DV, targets_X, weights_X = inputs(8, 4, 16)
-    with pytest.raises(ValueError, match=r"weights \(7,\)"):
+    with pytest.raises(ValueError, match=r"\(7,\)"):
         linear_cross_entropy(x_XD, w_DV, targets_X, weights_X[:7])
     with pytest.raises(ValueError, match="known: reference, xla"):
         linear_cross_entropy(x_XD, w_DV, targets_X, weights_X, implementation="cuda")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_any_loss_of_the_log_probability_has_the_gradient_of_its_chain_rule(implementation):
+    x_XD, w_DV, targets_X, weights_X = inputs(12, 8, 20)
+
+    def loss(x_XD, w_DV):
+        square = lambda log_prob_X, weights_X: weights_X * log_prob_X**2  # noqa: E731
+        return linear_token_loss(square, x_XD, w_DV, targets_X, weights_X, implementation=implementation)[0]
+
+    def definition(x_XD, w_DV):
+        log_prob_XV = jax.nn.log_softmax(x_XD @ w_DV)
+        return jnp.sum(weights_X * log_prob_XV[jnp.arange(12), targets_X] ** 2)
+
+    for got, want in zip(jax.grad(loss, (0, 1))(x_XD, w_DV), jax.grad(definition, (0, 1))(x_XD, w_DV), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)  # float32 sums in another order

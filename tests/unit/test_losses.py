@@ -1,0 +1,60 @@
+"""Losses on arrays: GRPO's surrogate beside its formula written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import losses
+
+RNG = np.random.default_rng(0)
+HIDDEN, HEAD = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((2, 6, 8), (8, 20)))
+TARGETS = jnp.asarray(RNG.integers(0, 20, (2, 6)))
+WEIGHTS = jnp.asarray([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]], jnp.float32)
+ADVANTAGES = jnp.asarray([[0.5] * 6, [-1.0] * 6], jnp.float32)
+
+
+def log_probs(hidden_BTD, temperature=1.0):
+    return jnp.take_along_axis(jax.nn.log_softmax(hidden_BTD @ HEAD / temperature), TARGETS[..., None], -1)[..., 0]
+
+
+def surrogate(hidden_BTD, old_BT, **settings):
+    return losses.policy_gradient(hidden_BTD, HEAD, TARGETS, WEIGHTS, ADVANTAGES, old_BT, losses.Policy(**settings))[0]
+
+
+def written_out(hidden_BTD, old_BT, temperature=1.0, low=0.2, high=0.28):
+    ratio = jnp.exp(log_probs(hidden_BTD, temperature) - old_BT)
+    per_token = jnp.minimum(ratio * ADVANTAGES, jnp.clip(ratio, 1 - low, 1 + high) * ADVANTAGES)
+    return -jnp.sum(WEIGHTS * per_token)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("away", [0.0, 0.1, 0.6])
+def test_the_surrogate_is_its_formula(temperature, away):
+    old_BT = log_probs(HIDDEN, temperature) + away * jnp.asarray(RNG.normal(size=(2, 6)), jnp.float32)
+    got = jax.value_and_grad(surrogate)(HIDDEN, old_BT, temperature=temperature)
+    want = jax.value_and_grad(written_out)(HIDDEN, old_BT, temperature)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_beyond_the_clip_a_token_has_no_gradient_unless_it_was_made_worse():
+    """Positive advantage: held where the ratio has passed 1.28. Negative: where it has fallen below 0.8."""
+    old_BT = log_probs(HIDDEN) - jnp.asarray([[0, 0.3, -0.3, 0, 0, 0], [0.3, -0.3, 0, 0, 0, 0]], jnp.float32)
+    gradient_BTD = jax.grad(surrogate)(HIDDEN, old_BT)
+    moved_BT = jnp.any(gradient_BTD != 0, axis=-1)
+    np.testing.assert_array_equal(moved_BT, [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]])
+
+
+def test_on_policy_the_gradient_is_advantage_weighted_likelihood():
+    def reinforce(hidden_BTD):
+        return -jnp.sum(WEIGHTS * ADVANTAGES * log_probs(hidden_BTD))
+
+    got, want = jax.grad(surrogate)(HIDDEN, log_probs(HIDDEN)), jax.grad(reinforce)(HIDDEN)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)  # float32
+
+
+def test_padding_with_any_old_log_probability_changes_nothing():
+    old_BT = jnp.where(WEIGHTS == 0, 1e4, log_probs(HIDDEN))
+    assert bool(jnp.isfinite(surrogate(HIDDEN, old_BT)))
+    np.testing.assert_array_equal(jax.grad(surrogate)(HIDDEN, old_BT)[WEIGHTS == 0], 0)
