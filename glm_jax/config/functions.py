@@ -1,0 +1,111 @@
+"""What can be done with any configuration: check, change, compare, fingerprint."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+# Metadata of a field that came later: at its default it is left out of the canonical form, and so of fingerprints,
+# which therefore stay what they were before it existed.
+SILENT_AT_DEFAULT = {"silent_at_default": True}
+
+
+class ConfigError(ValueError):
+    """A setting that breaks a rule. The message has the value, the rule and a way out."""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def divides(part: str, size: int, whole: str, total: int) -> None:
+    require(
+        size > 0 and total % size == 0,
+        f"{whole}={total} is not a multiple of {part}={size}; use a divisor of {total} for {part}",
+    )
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for an unknown name: the nearest known one, and all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """A copy with dotted fields changed: `replace(run, **{"model.E": 32, "pretrain.0.tokens": 10**6})`."""
+    for path, value in changes.items():
+        config = _replace(config, path, path.split("."), value)
+    return config
+
+
+def _replace(config: Any, path: str, keys: list[str], value: Any) -> Any:
+    key, rest = keys[0], keys[1:]
+    if isinstance(config, tuple):
+        require(key.isdigit() and int(key) < len(config), f"{path}: {key!r} is not an index below {len(config)}")
+        items = list(config)
+        items[int(key)] = _replace(items[int(key)], path, rest, value) if rest else value
+        return tuple(items)
+    if isinstance(config, dict):
+        return {**config, key: _replace(config[key], path, rest, value) if rest else value}
+    require(dataclasses.is_dataclass(config), f"{path}: nothing lies below {type(config).__name__}")
+    names = [f.name for f in dataclasses.fields(config)]
+    require(key in names, f"{path}: {type(config).__name__} has no field {key!r}; {nearest(key, names)}")
+    new = _replace(getattr(config, key), path, rest, value) if rest else value
+    return dataclasses.replace(config, **{key: new})
+
+
+def grid(baseline: Any, **axes: tuple) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every combination of the axes: yields (changes, config). `grid(run, **{"model.E": (16, 32)})`."""
+    for values in itertools.product(*axes.values()):
+        changes = dict(zip(axes, values, strict=True))
+        yield changes, replace(baseline, **changes)
+
+
+def canonical(config: Any) -> Any:
+    """JSON-ready form with class names: what `fingerprint` hashes and a run writes beside its results."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {
+            f.name: canonical(getattr(config, f.name))
+            for f in dataclasses.fields(config)
+            if not (f.metadata.get("silent_at_default") and getattr(config, f.name) == f.default)
+        }
+        return {"class": type(config).__name__, **fields}
+    if isinstance(config, dict):
+        return {key: canonical(config[key]) for key in sorted(config)}
+    if isinstance(config, (tuple, list)):
+        return [canonical(item) for item in config]
+    return config
+
+
+def fingerprint(config: Any) -> str:
+    """Twelve hex digits of the canonical form's SHA-256: equal exactly where the configurations are."""
+    text = json.dumps(canonical(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every leaf, as `replace` takes them."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        items = [(f.name, getattr(config, f.name)) for f in dataclasses.fields(config)]
+    elif isinstance(config, dict):
+        items = list(config.items())
+    elif isinstance(config, tuple) and any(dataclasses.is_dataclass(item) for item in config):
+        items = [(str(i), item) for i, item in enumerate(config)]
+    else:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for name, value in items:
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else name)
+    return flat
+
+
+def diff(config: Any, baseline: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (baseline's value, this one's) where the two differ."""
+    ours, theirs = flatten(config), flatten(baseline)
+    return {
+        path: (theirs.get(path), ours.get(path)) for path in {**theirs, **ours} if theirs.get(path) != ours.get(path)
+    }

@@ -1,0 +1,239 @@
+"""Settings of the model and of pre- and mid-training. Defaults are GLM-4.5's where the report gives them."""
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Literal
+
+from glm_jax.config.functions import ConfigError, divides, require
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of a GLM-4.5 model (report, section 2.1). Letters as in `glm_jax.dims`."""
+
+    V: int = 151_552
+    D: int = 5120
+    L: int = 92  # decoder layers, dense ones included, the MTP layer not
+    dense_layers: int = 3
+    N: int = 96
+    K: int = 8
+    H: int = 128
+    F: int = 12_288
+    M: int = 1536
+    E: int = 160
+    A: int = 8
+    shared_experts: int = 1
+    mtp_layers: int = 1
+    qk_norm: bool = True
+    qkv_bias: bool = True
+    rope_fraction: float = 0.5
+    rope_theta: float = 1_000_000.0
+    max_positions: int = 131_072
+    routed_scale: float = 2.5
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    # of activations and matmul inputs; parameters keep theirs, and softmax, norms and router compute in float32
+    dtype: DType = "bfloat16"
+    balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
+    remat: Literal["none", "layer"] = "layer"
+    implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
+
+    def __post_init__(self):
+        for letter in "VDLNKHFMEA":
+            require(getattr(self, letter) >= 1, f"{letter}={getattr(self, letter)} must be at least 1")
+        divides("K", self.K, "N", self.N)
+        require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
+        require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")
+        require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
+        require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
+        require(
+            self.rotary % 2 == 0 and 0 <= self.rotary <= self.H,
+            f"rope_fraction={self.rope_fraction} of H={self.H} rotates {self.rotary} dims; make it an even number up to H",
+        )
+
+    @property
+    def G(self) -> int:
+        return self.N // self.K
+
+    @property
+    def U(self) -> int:
+        return 2 * self.D
+
+    @property
+    def rotary(self) -> int:
+        """Rotated dims of a head."""
+        return int(self.H * self.rope_fraction)
+
+    @property
+    def moe_layers(self) -> int:
+        """Decoder layers with routed experts, the MTP layer not counted."""
+        return self.L - self.dense_layers
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of `router_bias_LE`: one per MoE layer, the MTP layer's last."""
+        return self.moe_layers + self.mtp_layers
+
+    def size(self, letter: str) -> int:
+        """Size of a weight's dimension; X, B, T, S and R belong to data, not to the model."""
+        sizes = {name: getattr(self, name) for name in "VDNKHFMEAGU"}
+        if letter not in sizes:
+            raise ConfigError(f"dimension {letter!r} is not a model size; the model has {''.join(sizes)}")
+        return sizes[letter]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Muon for matrices, AdamW for the rest (report, section 2.4; spec section 4)."""
+
+    name: Literal["muon", "adamw"] = "muon"  # adamw: for every parameter, the ablation's other arm
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_dtype: DType = "bfloat16"
+    update_rms: float = 0.2
+    lm_head: Literal["muon", "adamw"] = "muon"  # the report excludes only embedding, biases and norms
+    router: Literal["muon", "adamw"] = "muon"
+    split_heads: bool = False  # orthogonalise each head's slice alone (GLM-5's Muon Split)
+    weight_decay: float = 0.1
+    decay_norms_and_biases: bool = False
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require(0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)")
+        require(self.ns_steps >= 1, f"ns_steps={self.ns_steps} must be at least 1")
+        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive; use inf for no clipping")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, batch size and loss weights as functions of tokens seen since the start of pre-training.
+
+    One schedule spans pre- and mid-training (report, section 2.4). Token counts are exact Python integers.
+    """
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    peak_lr: float = 2.5e-4
+    final_lr: float = 2.5e-5
+    warmup_tokens: int = 33_554_432_000  # 2,000 steps of 16M: our choice, the report is silent
+    wsd_decay_fraction: float = 0.1  # last share of the tokens over which WSD decays
+    batch_tokens_start: int = 2**24
+    batch_tokens: int = 2**26
+    batch_ramp_tokens: int = 500_000_000_000
+    mtp_weight_start: float = 0.3
+    mtp_weight: float = 0.1
+    mtp_switch_tokens: int = 15_000_000_000_000
+    bias_rate: float = 1e-3
+    bias_freeze_tokens: int = 15_000_000_000_000
+
+    def __post_init__(self):
+        require(0 <= self.final_lr <= self.peak_lr, f"final_lr={self.final_lr} must lie in 0..peak_lr={self.peak_lr}")
+        require(
+            0 < self.batch_tokens_start <= self.batch_tokens,
+            f"batch_tokens_start={self.batch_tokens_start} must lie in 1..batch_tokens={self.batch_tokens}",
+        )
+        require(0 < self.wsd_decay_fraction <= 1, f"wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of what is added to next-token cross-entropy (the MTP weight moves: see `Schedule`)."""
+
+    sequence_balance: float = 1e-4
+
+    def __post_init__(self):
+        require(self.sequence_balance >= 0, f"sequence_balance={self.sequence_balance} must not be negative")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: how long, on what, in which rows."""
+
+    name: str
+    tokens: int
+    seq_len: int
+    rope_theta: float
+    microbatch_rows: int  # rows of one compiled microbatch, over all devices
+    mixture: dict[str, float] = field(default_factory=dict)  # domain -> share of the stage's tokens
+    packing: Literal["truncate", "best_fit"] = "truncate"
+    isolate: bool = False  # attention stays inside a document
+    fim_rate: float = 0.5  # share of the readings of code documents (in long-document stages: of files that fit a row)
+    long_documents: bool = False  # repositories as one document in dependency order; long documents up-sampled
+
+    def __post_init__(self):
+        require(self.tokens > 0, f"stage {self.name}: tokens={self.tokens} must be positive")
+        require(self.seq_len >= 8, f"stage {self.name}: seq_len={self.seq_len} must be at least 8")
+        require(
+            self.microbatch_rows >= 1, f"stage {self.name}: microbatch_rows={self.microbatch_rows} must be at least 1"
+        )
+        require(0 <= self.fim_rate <= 1, f"stage {self.name}: fim_rate={self.fim_rate} must lie in 0..1")
+        require(
+            not self.mixture or (min(self.mixture.values()) >= 0 and sum(self.mixture.values()) > 0),
+            f"stage {self.name}: mixture={self.mixture} needs shares >= 0 with a positive sum",
+        )
+
+    @property
+    def microbatch_tokens(self) -> int:
+        return self.microbatch_rows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Data:
+    """From documents to rows (report, section 2.2-2.3; spec sections 5-6)."""
+
+    paths: tuple[str, ...] = ()  # folders of text added to the built-in sources
+    seed: int = 0
+    held_out: float = 0.05  # share of documents, split by content hash
+    tokenizer_bytes: int = 4_000_000  # of text that the BPE is trained on
+    bucket_epochs: tuple[float, ...] = (0.0, 1.0, 1.0, 2.0, 3.2)  # quality buckets, lowest first; 0 drops
+    duplicate_jaccard: float = 0.8
+    max_document_bytes: int = 1_000_000
+
+    def __post_init__(self):
+        names = [PurePath(path).name for path in self.paths]
+        require(
+            len(set(names)) == len(names), f"paths={self.paths}: folders must differ in their last part; rename one"
+        )
+        require(0 < self.held_out < 0.5, f"held_out={self.held_out} must lie in (0, 0.5)")
+        require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
+        require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
+        require(self.max_document_bytes >= 1, f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        require(0 < self.duplicate_jaccard <= 1, f"duplicate_jaccard={self.duplicate_jaccard} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 for one axis takes what is left. One device is a mesh of size one."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.expert)
+        require(
+            all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
+            f"mesh {sizes}: sizes are positive, at most one is -1",
+        )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What surrounds the steps: seeds, checkpoints, evaluation."""
+
+    seed: int = 0
+    checkpoint_every: int = 100  # steps
+    keep_checkpoints: int = 2
+    eval_bytes: int = 200_000  # of held-out text per domain
+    eval_every: int = 0  # steps; 0: at the start and the end of a stage
+
+    def __post_init__(self):
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in 0..2^31-1")
+        for name in ("checkpoint_every", "keep_checkpoints", "eval_bytes"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative; 0 is never on the way")
