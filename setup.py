@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "numpy>=2.0",
+        "reasoning-gym>=0.1.25",
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],

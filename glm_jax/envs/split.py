@@ -1,0 +1,25 @@
+"""Tasks for training and tasks that are held out, split by a hash of what is asked: no seed can bring one to the other."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+from glm_jax.envs.task import Environment, Task
+
+HELD_OUT_SHARE = 0.1
+
+
+def held_out(task: Task) -> bool:
+    """Whether a task, as the model reads it, belongs to evaluation."""
+    asked = json.dumps([task.env, task.messages[-1]["content"]])
+    return int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) < HELD_OUT_SHARE * 2**32
+
+
+def tasks(env: Environment, level: int, *, evaluation: bool, first_seed: int = 0) -> Iterator[Task]:
+    """Endless tasks of one level with rising seeds: the held-out ones for `evaluation`, else only the others."""
+    seed = first_seed
+    while True:
+        task = env.task(seed, level)
+        if held_out(task) == evaluation:
+            yield task
+        seed += 1
