@@ -132,6 +132,11 @@ def constrain(x: Array, dims: str) -> Array:
     return jax.sharding.reshard(x, activation(dims)) if active() else x
 
 
+def rows_of(x: Array, source_B: Array) -> Array:
+    """Row source_B[b] of `x` as row b, whichever device has it."""
+    return x.at[source_B].get(out_sharding=jax.typeof(x).sharding.spec if active() else None)
+
+
 def out_sharding(dims: str) -> PartitionSpec | None:
     """For operations that take `out_sharding`: the layout of an activation named `dims`, None without a mesh."""
     return activation(dims) if active() else None

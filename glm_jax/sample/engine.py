@@ -66,7 +66,7 @@ class _State:
     """A batch between two tokens. ids_BO is -1 where a row had already ended."""
 
     cache: model.Cache
-    rows_B: Array
+    rows_B: Array  # uids
     alive_B: Array
     token_B: Array
     step: Array
@@ -96,31 +96,101 @@ def generate(
     Row i's draws depend on (seed, i, position) alone. Shapes are rounded up to powers of two, so calls of like size
     share one compilation. Raises ConfigError for empty prompts, ids outside the vocabulary, and too many tokens.
     """
-    _check(cfg, prompts, settings)
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError(f"prompt {i} is empty; give it at least one token, such as <|endoftext|>")
+        if len(prompt) + settings.max_new_tokens > cfg.max_positions:
+            raise ConfigError(
+                f"prompt {i} has {len(prompt)} tokens, and max_new_tokens={settings.max_new_tokens} more exceed the "
+                f"model's max_positions={cfg.max_positions}; shorten one of them"
+            )
     if not prompts:
         return []
-    if not isinstance(params.moe if params.moe is not None else params.dense, tuple):
-        params = prepare(cfg, params)
-    shards = math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
-    rows = shards * _bucket(-(-len(prompts) // shards), 1)
-    new = _bucket(settings.max_new_tokens, 16)
-    lengths_B = np.zeros(rows, np.int32)
-    lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
-    ids_BT = np.zeros((rows, _bucket(int(lengths_B.max()), 16)), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = prompt
-    rules = _rules(settings)
+    tokens = _bucket(max(map(len, prompts)), 16) + _bucket(settings.max_new_tokens, 16)
+    session = Session(cfg, params, router_bias_LE, range(len(prompts)), tokens)
+    return [done for done in session.turn(prompts, settings, on_token) if done is not None]
 
-    state = _prefill(cfg, new, params, router_bias_LE, ids_BT, lengths_B, rules)
-    chunk = settings.max_new_tokens if on_token is None else STREAM_TOKENS
-    told = 0
-    while True:
-        if on_token is not None:
-            told = _tell(state, told, on_token)
-        if int(state.step) >= settings.max_new_tokens or not bool(state.alive_B.any()):
-            break
-        state = _decode(cfg, params, router_bias_LE, state, rules, state.step + chunk)
-    return _completions(state, len(prompts), settings)
+
+class Session:
+    """Rows read and continued in turns over one cache, as a dialogue with tools needs it: what was sampled stays as it
+    was sampled, and only what is new is read.
+
+    Row i's draws depend on (seed, uids[i], position) alone. `tokens` is the most that a row may come to hold.
+    """
+
+    def __init__(self, cfg: Model, params: model.GLM, router_bias_LE: Array, uids: Sequence[int], tokens: int):
+        if not isinstance(params.moe if params.moe is not None else params.dense, tuple):
+            params = prepare(cfg, params)
+        self._cfg, self._params, self._bias_LE, self._tokens = cfg, params, router_bias_LE, tokens
+        self._rows = _batch_rows(len(uids))
+        self._uids_B = np.zeros(self._rows, np.int32)
+        self._uids_B[: len(uids)] = uids
+        self._cache: model.Cache | None = None
+        self._held = [0] * len(uids)  # tokens of each row so far
+        self._unread: list[list[int]] = [[] for _ in uids]  # a turn's last token, which the model has not read yet
+
+    def turn(
+        self, given: Sequence[Sequence[int]], settings: Sampling, on_token: Callable[[int, int], None] | None = None
+    ) -> list[Completion | None]:
+        """Read the tokens `given` to each row and continue it; a row that is given none rests (None).
+
+        Raises ConfigError for ids outside the vocabulary and for a row that could outgrow the session's `tokens`.
+        """
+        self._check(given, settings)
+        state = self._read(
+            [[*before, *ids] if len(ids) else [] for before, ids in zip(self._unread, given, strict=True)], settings
+        )
+        rules, told = _rules(settings), 0
+        chunk = settings.max_new_tokens if on_token is None else STREAM_TOKENS
+        while True:
+            if on_token is not None:
+                told = _tell(state, told, on_token)
+            if int(state.step) >= settings.max_new_tokens or not bool(state.alive_B.any()):
+                break
+            state = _decode(self._cfg, self._params, self._bias_LE, state, rules, state.step + chunk)
+        self._cache = state.cache
+        done = _completions(state, len(given), settings)
+        for row, completion in enumerate(done):
+            if completion is not None:
+                self._held[row] += len(given[row]) + len(completion.ids)
+                self._unread[row] = completion.ids[-1:]
+        return done
+
+    def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
+        """Read new tokens and draw every row's first one. In the first turn, rows that begin alike are read once."""
+        rows, source_B, cache = self._rows, None, self._cache
+        if cache is None:
+            distinct = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
+            if _batch_rows(len(distinct)) < rows:
+                source_B = np.zeros(rows, np.int32)
+                source_B[: len(texts)] = [distinct[tuple(text)] for text in texts]
+                rows, texts = _batch_rows(len(distinct)), [list(text) for text in distinct]
+            cache = model.empty_cache(self._cfg, rows, self._tokens, stacked=False)
+        lengths_U = np.zeros(rows, np.int32)
+        lengths_U[: len(texts)] = [len(text) for text in texts]
+        ids_UT = np.zeros((rows, _bucket(int(lengths_U.max()), 16)), np.int32)
+        for row, text in enumerate(texts):
+            ids_UT[row, : len(text)] = text
+        alive_B = np.arange(self._rows) < len(self._held) if source_B is not None else lengths_U > 0
+        new = _bucket(settings.max_new_tokens, 16)
+        return _prefill(
+            self._cfg, new, self._params, self._bias_LE, cache, (ids_UT, lengths_U),
+            (self._uids_B, alive_B, source_B), _rules(settings),
+        )  # fmt: skip
+
+    def _check(self, given: Sequence[Sequence[int]], settings: Sampling) -> None:
+        for row, (ids, held) in enumerate(zip(given, self._held, strict=True)):
+            if not len(ids):
+                continue
+            if not 0 <= min(ids) <= max(ids) < self._cfg.V:
+                raise ConfigError(
+                    f"prompt {row} has ids {min(ids)}..{max(ids)} outside the model's 0..{self._cfg.V - 1}"
+                )
+            if held + len(ids) + settings.max_new_tokens > self._tokens:
+                raise ConfigError(
+                    f"row {row} holds {held} tokens; {len(ids)} more and max_new_tokens={settings.max_new_tokens} exceed "
+                    f"the session's {self._tokens}; begin it with more, or end the row"
+                )
 
 
 @partial(jax.jit, static_argnames=("cfg",))
@@ -128,32 +198,38 @@ def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
     return dataclasses.replace(model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype)), mtp=None)
 
 
-@partial(jax.jit, static_argnames=("cfg", "new"))
+@partial(jax.jit, static_argnames=("cfg", "new"), donate_argnames=("cache",))
 def _prefill(
-    cfg: Model, new: int, params: model.GLM, router_bias_LE: Array, ids_BT: Array, lengths_B: Array, rules: _Rules
-) -> _State:
-    """Read the prompts, right-padded, and draw each row's first token. Rows of length 0 are no rows."""
-    rows, width = ids_BT.shape
-    ids_BT, lengths_B = mesh.constrain(ids_BT, "BT"), mesh.constrain(lengths_B, "B")
-    cache = model.empty_cache(cfg, rows, width + new, stacked=False)
-    segments_BT = (jnp.arange(width) < lengths_B[:, None]).astype(jnp.int32)
-    aux = model.hidden(cfg, params, router_bias_LE, ids_BT, segments_BT=segments_BT, cache=cache)
+    cfg: Model, new: int, params: model.GLM, router_bias_LE: Array, cache: model.Cache, read: tuple[Array, Array],
+    rows: tuple[Array, Array, Array | None], rules: _Rules,
+) -> _State:  # fmt: skip
+    """Read texts (ids_UT, lengths_U), right-padded, into the cache and draw the first token of every row.
 
-    def last(hidden_BTD: Array, lengths_B: Array) -> Array:
-        return jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
-
-    last_B1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_B)
+    rows: uids, which are alive, and the text that each one continues (None: a row for each text).
+    """
+    (ids_UT, lengths_U), (uids_B, alive_B, source_B) = read, rows
+    ids_UT, lengths_U = mesh.constrain(ids_UT, "BT"), mesh.constrain(lengths_U, "B")
+    segments_UT = (jnp.arange(ids_UT.shape[1]) < lengths_U[:, None]).astype(jnp.int32)
+    aux = model.hidden(cfg, params, router_bias_LE, ids_UT, segments_BT=segments_UT, cache=cache)
     assert aux.cache is not None  # one went in
+
+    def last(hidden_UTD: Array, lengths_U: Array) -> Array:
+        return jnp.take_along_axis(hidden_UTD, jnp.maximum(lengths_U - 1, 0)[:, None, None], axis=1)
+
+    last_U1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_U)
+    begun, logits_BV = aux.cache, model.head(cfg, params, last_U1D)[:, 0]
+    if source_B is not None:
+        begun, logits_BV = jax.tree.map(lambda z: mesh.rows_of(z, source_B), (begun, logits_BV))
     state = _State(
-        cache=aux.cache,
-        rows_B=mesh.constrain(jnp.arange(rows, dtype=jnp.int32), "B"),
-        alive_B=lengths_B > 0,
-        token_B=jnp.zeros_like(lengths_B),
+        cache=begun,
+        rows_B=mesh.constrain(uids_B, "B"),
+        alive_B=mesh.constrain(alive_B, "B"),
+        token_B=jnp.zeros_like(begun.length_B),
         step=jnp.int32(0),
-        ids_BO=mesh.constrain(jnp.full((rows, new), -1, jnp.int32), "BO"),
-        logprobs_BO=mesh.constrain(jnp.zeros((rows, new), jnp.float32), "BO"),
+        ids_BO=mesh.constrain(jnp.full((len(uids_B), new), -1, jnp.int32), "BO"),
+        logprobs_BO=mesh.constrain(jnp.zeros((len(uids_B), new), jnp.float32), "BO"),
     )
-    return _emit(state, model.head(cfg, params, last_B1D)[:, 0], rules)
+    return _emit(state, logits_BV, rules)
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
@@ -215,28 +291,21 @@ def _tell(state: _State, told: int, on_token: Callable[[int, int], None]) -> int
     return ids_BO.shape[1]
 
 
-def _completions(state: _State, rows: int, settings: Sampling) -> list[Completion]:
+def _completions(state: _State, rows: int, settings: Sampling) -> list[Completion | None]:
     ids_BO, logprobs_BO = np.asarray(state.ids_BO), np.asarray(state.logprobs_BO)
-    done = []
+    done: list[Completion | None] = []
     for row in range(rows):
         count = int(np.sum(ids_BO[row] >= 0))
         ids = ids_BO[row, :count].tolist()
-        finish = "stop" if ids[-1] in settings.stop_ids else "length"
-        done.append(Completion(ids, logprobs_BO[row, :count].tolist(), finish))
+        finish = "stop" if ids and ids[-1] in settings.stop_ids else "length"
+        done.append(Completion(ids, logprobs_BO[row, :count].tolist(), finish) if ids else None)
     return done
 
 
-def _check(cfg: Model, prompts: Sequence[Sequence[int]], settings: Sampling) -> None:
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ConfigError(f"prompt {i} is empty; give it at least one token, such as <|endoftext|>")
-        if not 0 <= min(prompt) <= max(prompt) < cfg.V:
-            raise ConfigError(f"prompt {i} has ids {min(prompt)}..{max(prompt)} outside the model's 0..{cfg.V - 1}")
-        if len(prompt) + settings.max_new_tokens > cfg.max_positions:
-            raise ConfigError(
-                f"prompt {i} has {len(prompt)} tokens, and max_new_tokens={settings.max_new_tokens} more exceed the "
-                f"model's max_positions={cfg.max_positions}; shorten one of them"
-            )
+def _batch_rows(count: int) -> int:
+    """Rows of a batch that holds `count`: a power of two on every device."""
+    shards = math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
+    return shards * _bucket(-(-count // shards), 1)
 
 
 def _bucket(size: int, smallest: int) -> int:
