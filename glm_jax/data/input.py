@@ -5,9 +5,9 @@ calling thread: a row is a few slices of a memory-mapped file, and grain's threa
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -35,6 +35,8 @@ class Rows:
         self._stage = stage
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._offsets = np.load(folder / "offsets.npy")
+        trained = folder / "trained.npy"  # of dialogues: which tokens are the assistant's
+        self._trained = np.load(trained, mmap_mode="r") if trained.exists() else None
         self._plan = Plan(np.load(folder / "segments.npy", mmap_mode="r"), np.load(folder / "row_starts.npy"))
 
     def __len__(self) -> int:
@@ -45,15 +47,28 @@ class Rows:
         pieces = []
         for document, start, length in self._plan.row(int(index)):
             begin = begins[document] + start
-            pieces.append((self._tokens[begin : min(begin + length + LOOKAHEAD, ends[document])], int(length)))
+            here = slice(begin, min(begin + length + LOOKAHEAD, ends[document]))
+            pieces.append(
+                Piece(self._tokens[here], int(length), None if self._trained is None else self._trained[here])
+            )
         return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
 
 
-def assemble(pieces: list[tuple[np.ndarray, int]], seq_len: int, isolate: bool, end: int) -> Batch:
-    """One row from (tokens of a document with up to two beyond the piece, length of the piece).
+class Piece(NamedTuple):
+    """A stretch of a document: its tokens with up to two beyond, its length without them, and which are trained (all
+    where None)."""
+
+    tokens: np.ndarray
+    length: int
+    trained: np.ndarray | None = None
+
+
+def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> Batch:
+    """One row of pieces.
 
     Isolated: positions restart and targets stay inside the document, also beyond the piece. Otherwise the row is one
-    text, whose last tokens may reach into pieces beyond `seq_len`. Padding holds `end`, segment 0 and weight 0.
+    text, whose last tokens may reach into pieces beyond `seq_len`. A target that is not trained, like padding, has
+    weight 0; padding holds `end` and segment 0.
     """
     width = seq_len + LOOKAHEAD
     ids = np.full(width, end, np.int32)
@@ -62,7 +77,7 @@ def assemble(pieces: list[tuple[np.ndarray, int]], seq_len: int, isolate: bool, 
     ahead = {1: np.full(width, end, np.int32), 2: np.full(width, end, np.int32)}
     weight = {1: np.zeros(width, np.float32), 2: np.zeros(width, np.float32)}
     at = 0
-    for number, (tokens, length) in enumerate(pieces, start=1):
+    for number, (tokens, length, trained) in enumerate(pieces, start=1):
         here = slice(at, at + length)
         ids[here] = tokens[:length]
         segments[here] = number if isolate else 1
@@ -71,7 +86,7 @@ def assemble(pieces: list[tuple[np.ndarray, int]], seq_len: int, isolate: bool, 
             for shift in (1, 2):
                 known = tokens[shift : length + shift]
                 ahead[shift][at : at + len(known)] = known
-                weight[shift][at : at + len(known)] = 1
+                weight[shift][at : at + len(known)] = 1 if trained is None else trained[shift : length + shift]
         at += length
     if isolate:
         positions[at:] = 0

@@ -25,12 +25,20 @@ RESULT_FILE = "result.json"
 
 
 def train_stage(
-    run: Run, stage: Stage, out: Path, data: Path, *, start: Path | None = None, evaluate: Evaluate | None = None
+    run: Run,
+    stage: Stage,
+    out: Path,
+    data: Path,
+    *,
+    start: Path | None = None,
+    weights: Path | None = None,
+    evaluate: Evaluate | None = None,
 ) -> dict[str, Any]:
     """Train `stage` of `run` in the folder `out` on the rows of `data`, and return its result (also `result.json`).
 
-    Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else from scratch.
-    Killed at any moment and called again, it ends in the same bits. FloatingPointError where the loss is no number.
+    Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else begins anew
+    with the weights (and nothing else) of the stage folder `weights`; else from scratch. Killed at any moment and
+    called again, it ends in the same bits. FloatingPointError where the loss is no number.
     """
     if checkpoint.committed(out):
         _check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
@@ -45,7 +53,7 @@ def train_stage(
     with jax.set_mesh(device_mesh):
         trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed))
         try:
-            trainer.restore(start)
+            trainer.restore(start, weights)
             return trainer.train(evaluate)
         finally:
             trainer.close()
@@ -73,8 +81,8 @@ class _Trainer:
         self.log: metrics.Log | None = None
         self.seconds = 0.0
 
-    def restore(self, start: Path | None) -> None:
-        """Find where to begin: this stage's last checkpoint, an earlier stage's, or fresh weights."""
+    def restore(self, start: Path | None, weights: Path | None = None) -> None:
+        """Find where to begin: this stage's last checkpoint, an earlier stage's, another model's weights, or fresh ones."""
         step = self.checkpoints.latest()
         if step is not None:
             self.state, meta = self.checkpoints.restore(step, state.abstract(self.cfg, self.tx))
@@ -82,6 +90,8 @@ class _Trainer:
             self.seconds = meta["seconds"]
         elif start is not None:
             self.state = _from_stage(self.run, self.cfg, self.tx, start)
+        elif weights is not None:
+            self.state = from_weights(self.run, self.tx, weights)
         else:
             self.state = state.create(self.cfg, self.tx, self.run.loop.seed)
         self.step = int(self.state.step)
@@ -192,6 +202,13 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
         return before.restore(step, state.abstract(cfg, tx))[0]
     finally:
         before.close()
+
+
+def from_weights(run: Run, tx: optax.GradientTransformation, folder: Path) -> state.State:
+    """A new beginning at step 0, with the parameters and router bias of a stage's folder."""
+    _check_shape(run, folder)
+    _, params, router_bias_LE, _ = checkpoint.load_params(folder)
+    return state.State(jnp.zeros((), jnp.int32), params, router_bias_LE, jax.jit(tx.init)(params))  # pyright: ignore[reportArgumentType] (as in state.py)
 
 
 def _check_shape(run: Run, folder: Path) -> None:

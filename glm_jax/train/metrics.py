@@ -18,7 +18,15 @@ class Log:
     """Appends to `folder/log.jsonl` and TensorBoard. Opened at step s, it first drops records of later steps, which a
     killed run wrote after its last checkpoint: no step appears twice."""
 
-    def __init__(self, folder: Path, step: int, total: int, name: str):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        total: int,
+        name: str,
+        unit: str = "tok",
+        shown: tuple[str, ...] = ("loss", "lr"),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
         keep = [record for record in read(self.path) if record["step"] <= step]
@@ -28,9 +36,10 @@ class Log:
         self._file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not on_terminal, smoothing=0.05)
-        self._plain, self._name, self._total = not on_terminal, name, total
-        self._tokens, self._since, self._printed = 0, time.monotonic(), 0.0
+        self._bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=not on_terminal, smoothing=0.05)
+        self._plain, self._name, self._total, self._unit, self._shown = not on_terminal, name, total, unit, shown
+        self._first: tuple[int, float] | None = None  # (done, when) of this process's first step, which compiles
+        self._printed = 0.0
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """A record that is not a step: the run's description, an evaluation."""
@@ -40,13 +49,13 @@ class Log:
                 if isinstance(number, (int, float)):
                     self._board.add_scalar(f"{name}/{label}", number, step)
 
-    def step(self, record: dict[str, Any], done_tokens: int) -> None:
-        """One step's record; `done_tokens` of the stage lie behind it."""
+    def step(self, record: dict[str, Any], done: int) -> None:
+        """One step's record; `done` of the total lies behind it."""
         self._write({"kind": "step", **record})
         for name, value in record.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"train/{name}", value, record["step"])
-        self._show(record, done_tokens)
+        self._show(record, done)
 
     def close(self) -> None:
         self._bar.close()
@@ -59,17 +68,20 @@ class Log:
 
     def _show(self, record: dict[str, Any], done: int) -> None:
         now = time.monotonic()
+        if self._first is None:
+            self._first = done, now
+            self._bar.initial = done  # the time left follows from this process's rate
+        values = {name: f"{record[name]:.4g}" for name in self._shown}
         if not self._plain:
-            if not self._bar.n:
-                self._bar.initial = done - record["batch_tokens"]  # the time left follows from this process's rate
             self._bar.n = done
-            self._bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}")
+            self._bar.set_postfix(values)
         elif now - self._printed > PLAIN_LINE_SECONDS or done >= self._total:
-            self._tokens = self._tokens or done - record["batch_tokens"]
-            rate = (done - self._tokens) / max(now - self._since, 1e-9)
-            left = (self._total - done) / rate if rate else 0
-            line = f"{self._name}: {100 * done / self._total:3.0f} %  step {record['step']}  loss {record['loss']:.3f}"
-            print(f"{line}  {rate:,.0f} tok/s  {left:.0f} s left", file=sys.stderr, flush=True)
+            rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
+            told = "  ".join(f"{name} {value}" for name, value in values.items())
+            line = f"{self._name}: {100 * done / self._total:3.0f} %  step {record['step']}  {told}"
+            if rate:
+                line += f"  {rate:,.3g} {self._unit}/s  {(self._total - done) / rate:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
             self._printed = now
 
 

@@ -1,4 +1,7 @@
-"""One optimizer step: gradients accumulated over microbatches, Muon's update, the balance bias moved by counts."""
+"""One optimizer step: gradients accumulated over microbatches, Muon's update, the balance bias moved by counts.
+
+The step knows no algorithm: pre-training, SFT and GRPO differ in what stands beside each token of a batch.
+"""
 
 from functools import partial
 from typing import Any
@@ -27,32 +30,68 @@ class Knobs:
 
 
 def loss_fn(
-    params: model.GLM, cfg: config.Model, router_bias_LE: Array, batch: Batch, mtp_weight: Array | float, totals: dict
+    params: model.GLM,
+    cfg: config.Model,
+    router_bias_LE: Array,
+    batch: Batch,
+    mtp_weight: Array | float,
+    totals: dict,
+    policy: losses.Policy | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Next-token loss + MTP loss + sequence balance loss of one microbatch, each over its global count in `totals`.
+    """Main loss + MTP loss + sequence balance loss of one microbatch, each over its global count in `totals`.
 
+    The main loss is next-token cross-entropy or, with a policy, GRPO's surrogate; the MTP loss needs `mtp_targets`.
     totals: `weights` and `mtp_weights` summed over the whole batch, `microbatches`, and the balance loss's weight.
     """
     aux = model.hidden(
-        cfg, params, router_bias_LE, batch["ids"],
-        positions_BT=batch["positions"], segments_BT=batch["segments"], next_ids_BT=batch["targets"],
+        cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+        next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
     )  # fmt: skip
-
     head_DV = model.output_matrix(cfg, params)
+    metrics = {}
 
     def component(hidden_BTD: Array, name: str) -> Array:
         targets_BT, weights_BT = batch[f"{name}targets"], batch[f"{name}weights"]
-        total, _ = losses.next_token(hidden_BTD, head_DV, targets_BT, weights_BT, cfg.implementation)
-        return total / jnp.maximum(totals[f"{name}weights"], 1)
+        if policy is None or name:
+            total, _ = losses.next_token(hidden_BTD, head_DV, targets_BT, weights_BT, cfg.implementation)
+        else:
+            old_BT = batch["old_log_probs"]
+            total, log_prob_BT = losses.policy_gradient(
+                hidden_BTD, head_DV, targets_BT, weights_BT, batch["advantages"], old_BT,
+                policy, cfg.implementation,
+            )  # fmt: skip
+            metrics.update(mismatch(log_prob_BT, old_BT, weights_BT != 0, policy.clip))
+        return total / jnp.maximum(totals[f"{name}weights"], 1e-9)
 
     main = component(aux.hidden_BTD, "")
     mtp = component(aux.mtp_hidden_BTD, "mtp_") if aux.mtp_hidden_BTD is not None else jnp.zeros(())
     sequence_balance = jnp.sum(aux.balance_L) / totals["microbatches"]
     loss = main + mtp_weight * mtp + totals["sequence_balance"] * sequence_balance
-    return loss, {"loss": main, "mtp_loss": mtp, "balance_loss": sequence_balance, "load_LE": aux.load_LE}
+    silent_LE = jnp.zeros((router_bias_LE.shape[0] - aux.load_LE.shape[0], cfg.E), aux.load_LE.dtype)  # MTP not run
+    load_LE = jnp.concatenate([aux.load_LE, silent_LE])
+    return loss, {"loss": main, "mtp_loss": mtp, "balance_loss": sequence_balance, "load_LE": load_LE, **metrics}
 
 
-@partial(jax.jit, static_argnames=("cfg", "tx", "sequence_balance"), donate_argnames="state")
+def mismatch(log_prob_BT: Array, old_BT: Array, sampled_BT: Array, clip: tuple[float, float]) -> dict[str, Array]:
+    """How far the trainer's log-probabilities lie from the sampler's: sums over sampled tokens, and the largest.
+
+    k3 is the unbiased, positive estimator of the KL divergence, r - 1 - log r. `clipped` counts ratios outside the clip.
+    """
+    difference_BT = jnp.where(sampled_BT, log_prob_BT - old_BT, 0)
+    excess_BT = jnp.expm1(difference_BT)
+    return {
+        "sampled_tokens": jnp.sum(sampled_BT),
+        "mismatch_sum": jnp.sum(jnp.abs(difference_BT)),
+        "mismatch_max": jnp.max(jnp.abs(difference_BT)),
+        "k3_sum": jnp.sum(excess_BT - difference_BT),
+        "clipped_sum": jnp.sum((excess_BT < -clip[0]) | (excess_BT > clip[1])),
+        "entropy_sum": -jnp.sum(
+            jnp.where(sampled_BT, log_prob_BT, 0)
+        ),  # an unbiased estimate at the sampling temperature
+    }
+
+
+@partial(jax.jit, static_argnames=("cfg", "tx", "sequence_balance", "policy"), donate_argnames="state")
 def train_step(
     state: State,
     batch: Batch,
@@ -60,12 +99,12 @@ def train_step(
     *,
     cfg: config.Model,
     tx: optax.GradientTransformation,
-    sequence_balance: float,
+    sequence_balance: float = 0.0,
+    policy: losses.Policy | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """The next state and this step's metrics. `batch` stacks C microbatches; those behind knobs.microbatches are empty."""
     totals = {
-        "weights": jnp.sum(batch["weights"]),
-        "mtp_weights": jnp.sum(batch["mtp_weights"]),
+        **{name: jnp.sum(z) for name, z in batch.items() if name.endswith("weights")},
         "microbatches": knobs.microbatches.astype(jnp.float32),
         "sequence_balance": sequence_balance,
     }
@@ -73,16 +112,21 @@ def train_step(
 
     def microbatch(i: Array | int) -> Any:
         one = {name: jax.lax.dynamic_index_in_dim(z, i, keepdims=False) for name, z in batch.items()}
-        return gradient(state.params, cfg, state.router_bias_LE, one, knobs.mtp_weight, totals)
+        return gradient(state.params, cfg, state.router_bias_LE, one, knobs.mtp_weight, totals, policy)
 
     if batch["ids"].shape[0] == 1:
         grads, metrics = microbatch(0)
     else:
         grads, metrics = jax.lax.fori_loop(
-            1, knobs.microbatches, lambda i, total: jax.tree.map(jnp.add, total, microbatch(i)), microbatch(0)
+            1, knobs.microbatches, lambda i, total: jax.tree.map_with_path(_merge, total, microbatch(i)), microbatch(0)
         )
     directions, opt = tx.update(grads, state.opt, state.params)  # pyright: ignore[reportArgumentType] (as in state.py)
     params = jax.tree.map(lambda p, d: p - knobs.lr.astype(p.dtype) * d, state.params, directions)
     router_bias_LE = balance(state.router_bias_LE, metrics["load_LE"], knobs.bias_rate)
     metrics = {**metrics, "gradient_norm": optax.tree.norm(grads), "tokens": totals["weights"]}
     return State(state.step + 1, params, router_bias_LE, opt), metrics
+
+
+def _merge(path: tuple, total: Array, one: Array) -> Array:
+    """Gradients and metrics of microbatches add up; of what ends in _max the largest stays."""
+    return jnp.maximum(total, one) if str(getattr(path[-1], "key", "")).endswith("_max") else total + one

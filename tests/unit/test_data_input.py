@@ -1,6 +1,6 @@
 import numpy as np
 
-from glm_jax.data.input import assemble
+from glm_jax.data.input import Piece, assemble
 
 END = 9
 
@@ -10,7 +10,7 @@ def _doc(*tokens):
 
 
 def test_a_truncated_row_predicts_two_tokens_beyond_its_end():
-    row = assemble([(_doc(1, 2, 3), 3), (_doc(4, 5, 6, 7), 3)], seq_len=4, isolate=False, end=END)
+    row = assemble([Piece(_doc(1, 2, 3), 3), Piece(_doc(4, 5, 6, 7), 3)], seq_len=4, isolate=False, end=END)
     assert row["ids"].tolist() == [1, 2, 3, 4]
     assert row["targets"].tolist() == [2, 3, 4, 5]
     assert row["weights"].all()
@@ -21,7 +21,7 @@ def test_a_truncated_row_predicts_two_tokens_beyond_its_end():
 
 
 def test_isolated_targets_stay_inside_their_document():
-    row = assemble([(_doc(1, 2, END), 3), (_doc(4, END), 2)], seq_len=8, isolate=True, end=END)
+    row = assemble([Piece(_doc(1, 2, END), 3), Piece(_doc(4, END), 2)], seq_len=8, isolate=True, end=END)
     assert row["ids"].tolist() == [1, 2, END, 4, END, END, END, END]
     assert row["weights"].tolist() == [1, 1, 0, 1, 0, 0, 0, 0]
     assert row["mtp_weights"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
@@ -33,7 +33,7 @@ def test_isolated_targets_stay_inside_their_document():
 
 
 def test_an_isolated_piece_of_a_cut_document_predicts_beyond_the_cut():
-    row = assemble([(_doc(1, 2, 3, 4, 5, 6), 4)], seq_len=4, isolate=True, end=END)
+    row = assemble([Piece(_doc(1, 2, 3, 4, 5, 6), 4)], seq_len=4, isolate=True, end=END)
     assert row["targets"].tolist() == [2, 3, 4, 5]
     assert row["mtp_targets"].tolist() == [3, 4, 5, 6]
     assert row["weights"].all()
@@ -41,13 +41,13 @@ def test_an_isolated_piece_of_a_cut_document_predicts_beyond_the_cut():
 
 
 def test_padding_without_isolation_has_no_weight():
-    row = assemble([(_doc(1, END), 2)], seq_len=4, isolate=False, end=END)
+    row = assemble([Piece(_doc(1, END), 2)], seq_len=4, isolate=False, end=END)
     assert row["weights"].tolist() == [1, 0, 0, 0]
     assert row["segments"].tolist() == [1, 1, 0, 0]
 
 
 def test_types_are_what_the_trainer_expects():
-    row = assemble([(_doc(1, END), 2)], seq_len=4, isolate=True, end=END)
+    row = assemble([Piece(_doc(1, END), 2)], seq_len=4, isolate=True, end=END)
     floats = {"weights", "mtp_weights"}
     assert {name: str(array.dtype) for name, array in row.items()} == {
         name: "float32" if name in floats else "int32" for name in row
