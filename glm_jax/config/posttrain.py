@@ -50,6 +50,7 @@ class GRPO:
     oversample: float = 2.0  # tasks sampled in a round, for each group that is wanted
     rounds: int = 3  # of sampling at most, while too few groups have different rewards
     group_size: int = 8
+    thinking_share: float = 1.0  # of the tasks; the others are answered directly
     temperature: float = 1.0
     max_new_tokens: int = 65_536  # of a turn: one stage at 64K, no ladder
     seq_len: int = 131_072
@@ -76,6 +77,7 @@ class GRPO:
         require(
             self.temperature > 0, f"temperature={self.temperature} must be positive: GRPO needs answers that differ"
         )
+        require(0 <= self.thinking_share <= 1, f"thinking_share={self.thinking_share} must lie in 0..1")
         require(0 < self.clip_low < 1, f"clip_low={self.clip_low} must lie in (0, 1)")
         require(self.clip_high > 0, f"clip_high={self.clip_high} must be positive")
         require(0 <= self.hard_share < 1, f"hard_share={self.hard_share} must lie in [0, 1)")

@@ -1,6 +1,7 @@
 """Dialogues as rows: rendered, packed best-fit, with the mask of what is trained. The same folder layout as `prepare`'s.
 
-OUT/<stage>/        tokens.npy, offsets.npy, trained.npy, segments.npy, row_starts.npy, stage.json
+OUT/<stage>/        tokens.npy, offsets.npy, trained.npy, shared.npy, segments.npy, row_starts.npy,
+                        stage.json
 OUT/dialogues.jsonl what the rows were made from, to be read by people
 OUT/tokenizer.json
 OUT/manifest.json   counts; written last
@@ -23,6 +24,8 @@ from glm_jax.data.input import Batch, Piece, assemble
 from glm_jax.data.stages import Tokens, id_dtype
 from glm_jax.text.chat import Rendered, render_tokens
 from glm_jax.text.tokenizer import Tokenizer
+
+LEAST_SHARED = 32  # tokens before the first user turn, from which on dialogues share a row's copy of them
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,53 @@ class Dialogue:
         return {"messages": self.messages, "tools": self.tools, "enable_thinking": self.enable_thinking}
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Dialogues in rows. Those that begin with the same tools share a row's copy of that beginning."""
+
+    tokens: Tokens  # of the shared beginnings, then of what follows in each dialogue
+    trained: np.ndarray  # bool, of each token
+    plan: packing.Plan
+    shared: np.ndarray  # bool, of each segment of the plan
+
+    def row(self, index: int, seq_len: int, end: int) -> Batch:
+        """Row `index` as arrays; an empty one beyond the last."""
+        pieces = []
+        for number in range(*self.plan.row_starts[index : index + 2]) if index < len(self.plan) else ():
+            item, _, length = self.plan.segments[number]
+            here = slice(self.tokens.offsets[item], self.tokens.offsets[item + 1])
+            pieces.append(Piece(self.tokens.flat[here], int(length), self.trained[here], bool(self.shared[number])))
+        empty = Piece(self.tokens.flat[:0], 0, self.trained[:0], False)
+        return assemble(pieces or [empty], seq_len, isolate=True, end=end)
+
+
+def pack(rendered: Sequence[Rendered], seq_len: int, tokenizer: Tokenizer) -> Packed:
+    """Best-fit rows of `seq_len`. Each dialogue fits a row."""
+    user, dtype = tokenizer.id("<|user|>"), id_dtype(tokenizer.vocab_size)
+    followers: dict[tuple[int, ...], list[int]] = {}
+    for i, item in enumerate(rendered):
+        begin = item.ids.index(user) if user in item.ids else 0
+        followers.setdefault(tuple(item.ids[:begin]) if begin >= LEAST_SHARED else (), []).append(i)
+    items = [np.array(prefix, dtype) for prefix in followers]
+    trained = [np.zeros(len(prefix), bool) for prefix in followers]
+    segments: list[tuple[int, int, int]] = []
+    shared, row_starts = [], [0]
+    for number, (prefix, members) in enumerate(followers.items()):
+        rest = np.array([len(rendered[i].ids) - len(prefix) for i in members])
+        plan = packing.best_fit(rest, seq_len - len(prefix))
+        for row in range(len(plan)):
+            if prefix:
+                segments.append((number, 0, len(prefix)))
+            chosen = [(len(items) + int(member), 0, int(length)) for member, _, length in plan.row(row)]
+            segments += chosen
+            shared += [True] * bool(prefix) + [False] * len(chosen)
+            row_starts.append(len(segments))
+        items += [np.array(rendered[i].ids[len(prefix) :], dtype) for i in members]
+        trained += [np.array(rendered[i].trained[len(prefix) :], bool) for i in members]
+    plan = packing.Plan(np.array(segments, np.int64).reshape(-1, 3), np.array(row_starts, np.int64))
+    return Packed(Tokens.of(items, dtype), np.concatenate(trained), plan, np.array(shared, bool))
+
+
 def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stage: str, seq_len: int) -> dict[str, Any]:
     """Make the data folder of an SFT stage, or leave a finished one alone if it holds the same; returns its facts.
 
@@ -60,31 +110,31 @@ def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stag
             f"none of {len(dialogues)} dialogues fits a row of seq_len={seq_len} with something to train on; "
             "raise sft.seq_len or shorten the dialogues"
         )
-    dtype = id_dtype(tokenizer.vocab_size)
-    tokens = Tokens.of([np.array(rendered[i].ids, dtype) for i in kept], dtype)
-    trained = np.concatenate([np.array(rendered[i].trained, bool) for i in kept])
-    plan = packing.best_fit(tokens.lengths, seq_len)
-    key = hashlib.sha256(tokens.flat.tobytes() + trained.tobytes() + plan.segments.tobytes()).hexdigest()[:12]
+    packed = pack([rendered[i] for i in kept], seq_len, tokenizer)
+    hashed = (packed.tokens.flat, packed.trained, packed.plan.segments, packed.shared)
     facts = {
-        "name": stage, "seq_len": seq_len, "packing": "best_fit", "key": key, "end": tokenizer.end,
-        "vocab_size": tokenizer.vocab_size, "rows": len(plan), "tokens": int(tokens.lengths.sum()),
-        "trained_tokens": int(trained.sum()), "dialogues": len(kept), "longer_than_a_row": len(dialogues) - len(kept),
+        "name": stage, "seq_len": seq_len, "packing": "best_fit", "end": tokenizer.end,
+        "key": hashlib.sha256(b"".join(z.tobytes() for z in hashed)).hexdigest()[:12],
+        "vocab_size": tokenizer.vocab_size, "rows": len(packed.plan), "tokens": int(packed.plan.segments[:, 2].sum()),
+        "trained_tokens": int(packed.trained.sum()), "dialogues": len(kept),
+        "dialogue_tokens": sum(len(rendered[i].ids) for i in kept), "longer_than_a_row": len(dialogues) - len(kept),
     }  # fmt: skip
     manifest = out / "manifest.json"
     if manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))["stages"][0]
         if found != facts:
             raise ConfigError(
-                f"{out} holds other dialogues (key {found['key']}, now {key}); use another folder or delete it"
+                f"{out} holds other dialogues (key {found['key']}, now {facts['key']}); use another folder or delete it"
             )
         return facts
     folder = out / stage
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     folder.mkdir(parents=True)
-    tokens.save(folder)
-    np.save(folder / "trained.npy", trained)
-    np.save(folder / "segments.npy", plan.segments)
-    np.save(folder / "row_starts.npy", plan.row_starts)
+    packed.tokens.save(folder)
+    arrays = {"trained": packed.trained, "shared": packed.shared}
+    arrays |= {"segments": packed.plan.segments, "row_starts": packed.plan.row_starts}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     write(folder / "stage.json", json.dumps(facts, indent=1))
     lines = (json.dumps(dialogues[i].record(), ensure_ascii=False) + "\n" for i in kept)
     write(out / "dialogues.jsonl", "".join(lines))
@@ -93,15 +143,11 @@ def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stag
     return facts
 
 
-def batches(rendered: Sequence[Rendered], seq_len: int, rows: int, end: int) -> list[Batch]:
-    """All of `rendered` packed best-fit into batches of `rows` rows, the last one padded: for a validation loss."""
-    plan = packing.best_fit(np.array([len(item.ids) for item in rendered]), seq_len)
-    arrays = [(np.array(item.ids, np.int32), np.array(item.trained, bool)) for item in rendered]
-
-    def row(index: int) -> Batch:
-        segments = plan.row(index) if index < len(plan) else ()
-        pieces = [Piece(arrays[i][0], int(length), arrays[i][1]) for i, _, length in segments]
-        return assemble(pieces, seq_len, isolate=True, end=end)
-
-    packed = [[row(index) for index in range(first, first + rows)] for first in range(0, len(plan), rows)]
-    return [{name: np.stack([one[name] for one in group]) for name in group[0]} for group in packed]
+def batches(rendered: Sequence[Rendered], seq_len: int, rows: int, tokenizer: Tokenizer) -> list[Batch]:
+    """All of `rendered` in batches of `rows` rows, the last one padded: for a validation loss."""
+    packed = pack(rendered, seq_len, tokenizer)
+    groups = [
+        [packed.row(index, seq_len, tokenizer.end) for index in range(first, first + rows)]
+        for first in range(0, len(packed.plan), rows)
+    ]
+    return [{name: np.stack([row[name] for row in group]) for name in group[0]} for group in groups]

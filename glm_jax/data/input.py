@@ -37,6 +37,8 @@ class Rows:
         self._offsets = np.load(folder / "offsets.npy")
         trained = folder / "trained.npy"  # of dialogues: which tokens are the assistant's
         self._trained = np.load(trained, mmap_mode="r") if trained.exists() else None
+        shared = folder / "shared.npy"  # segments that the rest of their row continues
+        self._shared = np.load(shared) if shared.exists() else None
         self._plan = Plan(np.load(folder / "segments.npy", mmap_mode="r"), np.load(folder / "row_starts.npy"))
 
     def __len__(self) -> int:
@@ -45,22 +47,24 @@ class Rows:
     def __getitem__(self, index: int) -> Batch:
         begins, ends = self._offsets[:-1], self._offsets[1:]
         pieces = []
-        for document, start, length in self._plan.row(int(index)):
+        first = int(self._plan.row_starts[index])
+        for number, (document, start, length) in enumerate(self._plan.row(int(index)), start=first):
             begin = begins[document] + start
             here = slice(begin, min(begin + length + LOOKAHEAD, ends[document]))
-            pieces.append(
-                Piece(self._tokens[here], int(length), None if self._trained is None else self._trained[here])
-            )
+            trained = None if self._trained is None else self._trained[here]
+            shared = None if self._shared is None else bool(self._shared[number])
+            pieces.append(Piece(self._tokens[here], int(length), trained, shared))
         return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: its tokens with up to two beyond, its length without them, and which are trained (all
-    where None)."""
+    """A stretch of a document: its tokens with up to two beyond, its length without them, which are trained (None: all),
+    and whether the pieces behind it continue it, each on its own (None: in no row of the stage)."""
 
     tokens: np.ndarray
     length: int
     trained: np.ndarray | None = None
+    shared: bool | None = None
 
 
 def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> Batch:
@@ -68,7 +72,8 @@ def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> 
 
     Isolated: positions restart and targets stay inside the document, also beyond the piece. Otherwise the row is one
     text, whose last tokens may reach into pieces beyond `seq_len`. A target that is not trained, like padding, has
-    weight 0; padding holds `end` and segment 0.
+    weight 0; padding holds `end` and segment 0. Pieces behind a shared one have its segment as their prefix, and positions
+    that go on from its end.
     """
     width = seq_len + LOOKAHEAD
     ids = np.full(width, end, np.int32)
@@ -76,13 +81,17 @@ def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> 
     positions = np.arange(width, dtype=np.int32)
     ahead = {1: np.full(width, end, np.int32), 2: np.full(width, end, np.int32)}
     weight = {1: np.zeros(width, np.float32), 2: np.zeros(width, np.float32)}
-    at = 0
-    for number, (tokens, length, trained) in enumerate(pieces, start=1):
+    prefixes = np.zeros(width, np.int32)
+    at, prefix, before = 0, 0, 0
+    for number, (tokens, length, trained, shared) in enumerate(pieces, start=1):
         here = slice(at, at + length)
         ids[here] = tokens[:length]
         segments[here] = number if isolate else 1
         if isolate:
-            positions[here] = np.arange(length)
+            positions[here] = before + np.arange(length)
+            prefixes[here] = prefix or number
+            if shared:
+                prefix, before = number, length
             for shift in (1, 2):
                 known = tokens[shift : length + shift]
                 ahead[shift][at : at + len(known)] = known
@@ -98,6 +107,8 @@ def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> 
         "ids": ids, "targets": ahead[1], "weights": weight[1], "mtp_targets": ahead[2], "mtp_weights": weight[2],
         "positions": positions, "segments": segments,
     }  # fmt: skip
+    if any(piece.shared is not None for piece in pieces):
+        row["prefixes"] = prefixes
     return {name: array[:seq_len] for name, array in row.items()}
 
 

@@ -50,7 +50,9 @@ def bits(cfg: Model, params: model.GLM, router_bias_LE: Array, windows: Windows)
     for batch in windows.batches:
         counted = batch["owner"] != _NOT_COUNTED
         arrays = {**{name: z for name, z in batch.items() if name != "owner"}, "weights": counted.astype(np.float32)}
-        nll_BT = np.asarray(_nll(cfg, params, router_bias_LE, jax.device_put(arrays, place)), np.float64)
+        nll_BT = np.asarray(
+            negative_log_likelihood(cfg, params, router_bias_LE, jax.device_put(arrays, place)), np.float64
+        )
         total += np.bincount(batch["owner"][counted], nll_BT[counted], minlength=len(total))
     return total / math.log(2)
 
@@ -155,11 +157,12 @@ def _fill(row: dict[str, np.ndarray], pieces: Sequence[tuple[int, np.ndarray, in
 
 
 @partial(jax.jit, static_argnames="cfg")
-def _nll(cfg: Model, params: model.GLM, router_bias_LE: Array, batch: dict[str, Array]) -> Array:
+def negative_log_likelihood(cfg: Model, params: model.GLM, router_bias_LE: Array, batch: dict[str, Array]) -> Array:
     """Negative log-likelihood in nats of every target, float32 [B, T]."""
     aux = model.hidden(
-        cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"]
-    )
+        cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+        prefixes_BT=batch.get("prefixes"),
+    )  # fmt: skip
     _, log_prob_BT = losses.next_token(
         aux.hidden_BTD, model.output_matrix(cfg, params), batch["targets"], batch["weights"], cfg.implementation
     )

@@ -19,7 +19,7 @@ COLOURS = ("#2b59c3", "#d1495b", "#2a9d8f", "#e09f3e", "#7b5ea7", "#3a86a8", "#8
 POINTS = 400  # of a curve; more than a screen shows
 COLUMNS = 160  # of a heat map
 LAYERS = 8  # heat maps at most, of the layers that are worst in the end
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlesize": 10.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 17, "axes.spines.top": False, "axes.spines.right": False,
@@ -36,7 +36,7 @@ def curves(told: Sequence[Told]) -> dict[str, str]:
     steps = [step for each in told for step in each.steps]
     if not steps:
         return {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return {
             "loss": _over_tokens(told, "Next-token loss, nats", lambda ax: _smoothed(ax, told, "loss", COLOURS[0])),
             "mtp loss": _over_tokens(
@@ -62,7 +62,7 @@ def experts(run: Run, told: Sequence[Told]) -> dict[str, str]:
     if not steps or not steps[0]["load_max_over_mean"]:
         return {}
     names = layer_names(run)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         found = {
             "ratio": _over_tokens(
                 told, "Max/mean expert load of each layer, per step", lambda ax: _ratios(ax, steps, names), (11.2, 3.0)
@@ -87,7 +87,7 @@ def _over_tokens(told: Sequence[Told], title: str, draw: Any, size: tuple[float,
     ax.set_xlabel("million tokens")
     ax.margins(x=0.01)
     _boundaries(ax, [(each.stage.name, each.steps[-1]["tokens_seen"] / 1e6) for each in told if each.steps])
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
 def _boundaries(ax: Axes, ends: Sequence[tuple[str, float]]) -> None:
@@ -109,13 +109,13 @@ def _tokens(steps: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([step["tokens_seen"] for step in steps]) / 1e6
 
 
-def _thin(*series: np.ndarray) -> list[np.ndarray]:
+def thin(*series: np.ndarray) -> list[np.ndarray]:
     every = -(-len(series[0]) // POINTS)
     return [z[::every] for z in series]
 
 
 def _line(ax: Axes, steps: Sequence[dict[str, Any]], field: str, colour: str, floor: float | None = None) -> None:
-    ax.plot(*_thin(_tokens(steps), np.array([step[field] for step in steps])), color=colour)
+    ax.plot(*thin(_tokens(steps), np.array([step[field] for step in steps])), color=colour)
     ax.set_ylim(bottom=floor)
 
 
@@ -126,8 +126,8 @@ def _smoothed(ax: Axes, told: Sequence[Told], field: str, colour: str) -> None:
         if not each.steps:
             continue
         values, tokens = np.array([step[field] for step in each.steps]), _tokens(each.steps)
-        ax.plot(*_thin(tokens, values), color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(*_thin(tokens, _average(values, max(1, len(values) // 40))), color=colour)
+        ax.plot(*thin(tokens, values), color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(*thin(tokens, average(values, max(1, len(values) // 40))), color=colour)
         every.append(values)
     values = np.concatenate(every)
     low, high = values.min(), np.quantile(values, 0.995)
@@ -135,7 +135,7 @@ def _smoothed(ax: Axes, told: Sequence[Told], field: str, colour: str) -> None:
         ax.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
-def _average(values: np.ndarray, width: int) -> np.ndarray:
+def average(values: np.ndarray, width: int) -> np.ndarray:
     """Centred moving average; shorter at both ends."""
     kernel = np.ones(2 * width + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
@@ -166,7 +166,7 @@ def _ratios(ax: Axes, steps: Sequence[dict[str, Any]], names: Sequence[str]) -> 
     for i in range(ratios.shape[1]):
         label = names[i] if ratios.shape[1] <= len(COLOURS) else None
         ax.plot(
-            *_thin(_tokens(steps), _average(ratios[:, i], width)),
+            *thin(_tokens(steps), average(ratios[:, i], width)),
             color=COLOURS[i % len(COLOURS)],
             label=label,
             linewidth=1.2,
@@ -202,10 +202,10 @@ def _heat_maps(told: Sequence[Told], steps: Sequence[dict[str, Any]], names: Seq
     bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01, ticks=[0, 0.5, 1, 1.5, 2])
     bar.ax.set_yticklabels(["0", "0.5", "1", "1.5", "2 or more"])
     bar.outline.set_visible(False)
-    return _svg(figure, "heat map: load of each expert over its layer's mean")
+    return svg(figure, "heat map: load of each expert over its layer's mean")
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg(figure: Figure, title: str) -> str:
     """The <svg> element alone, as wide as its place, with ids that no other figure of the page has."""
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": title}):

@@ -1,8 +1,9 @@
 """What a run shows: `report.json` with the figures and `report.html` to look at, made from the run's folder alone.
 
 The folder holds a folder per stage (run.json, log.jsonl, result.json, and samples.json where samples were drawn), the
-data folder with its manifest, evaluation.json (the final model beside zlib and an order-3 model) and process.json (what
-only the process knew: wall time, memory, changes from the recipe). What is missing is left out of the report.
+data folder with its manifest, evaluation.json (the mid-trained model beside zlib and an order-3 model), process.json
+(what only the process knew: wall time, memory, changes from the recipe), and what `posttraining` reads. What is missing is
+left out of the report.
 """
 
 import statistics
@@ -17,27 +18,28 @@ from glm_jax import config, model, spec
 from glm_jax.config import Run
 from glm_jax.data.document import write as write_text
 from glm_jax.data.prepare import read_manifest
-from glm_jax.evals import figures
+from glm_jax.evals import bars, figures, posttraining, rl_figures
+from glm_jax.evals.bars import LOAD_STEPS
+from glm_jax.evals.posttraining import Story
 from glm_jax.evals.told import Told, read, read_optional
 from glm_jax.train import checkpoint
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
 EVALUATION_FILE, PROCESS_FILE = "evaluation.json", "process.json"
-LOAD_STEPS = 50  # last steps whose expert counts are summed
-MOST_EXPERT_LOAD, MOST_SECONDS, MOST_GB = 1.5, 720, 4  # what a quickstart has to keep
 
 
 def write(folder: Path) -> dict[str, Any]:
     """Write report.json and report.html into a run's folder; returns what report.json holds."""
     folder = Path(folder)
     run, told, data = read(folder)
-    found = collect(folder, run, told)
+    story = posttraining.read(folder, run)
+    found = collect(folder, run, told, story)
     checkpoint.write_json(folder / JSON_FILE, found)
-    write_text(folder / HTML_FILE, render(found, run, told, read_manifest(data)))
+    write_text(folder / HTML_FILE, render(found, run, told, story, read_manifest(data)))
     return found
 
 
-def collect(folder: Path, run: Run, told: Sequence[Told]) -> dict[str, Any]:
+def collect(folder: Path, run: Run, told: Sequence[Told], story: Story) -> dict[str, Any]:
     """The content of report.json. Bits per byte are held out; seconds are wall time; rates are tokens per second."""
     process, evaluation = read_optional(folder / PROCESS_FILE) or {}, read_optional(folder / EVALUATION_FILE) or {}
     stages = [_stage(each) for each in told]
@@ -63,8 +65,10 @@ def collect(folder: Path, run: Run, told: Sequence[Told]) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "peak_rss_gb": process.get("peak_rss_gb"),
         "seconds": process.get("seconds", round(seconds, 1)),
+        **posttraining.collect(run, story),
     }
-    return {**found, "bars": _bars(found)}
+    first = bars.pretraining(found, with_posttraining=bool(run.post.experts))
+    return {**found, "bars": first + bars.posttraining(found)}
 
 
 def parameters(cfg: config.Model) -> tuple[int, int]:
@@ -114,28 +118,6 @@ def _stage(told: Told) -> dict[str, Any]:
     }
 
 
-def _bars(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a quickstart has to show: each value against what it must stay below."""
-    bars = [
-        (f"{stage['name']}: bits per byte of held-out {stage['domain']}, end below start", stage["end"], stage["start"])
-        for stage in found["stages"]
-    ]
-    if found["bits_per_byte"]:
-        paid = found["bits_per_byte"]
-        bars.append(
-            ("bits per byte of held-out standard-library modules, model below zlib -9", paid["model"], paid["zlib"])
-        )
-    load = f"max/mean expert load of the worst layer over the last {LOAD_STEPS} steps"
-    bars.append((load, found["expert_load"], MOST_EXPERT_LOAD))
-    if found["peak_rss_gb"] is not None:
-        bars += [("seconds in all", found["seconds"], MOST_SECONDS), ("peak memory, GB", found["peak_rss_gb"], MOST_GB)]
-    return [
-        {"what": what, "value": value, "below": below, "met": value < below}
-        for what, value, below in bars
-        if value is not None and below is not None
-    ]
-
-
 def summary(found: dict[str, Any]) -> str:
     """The report in a screenful of plain text."""
     lines = [
@@ -153,13 +135,36 @@ def summary(found: dict[str, Any]) -> str:
             "",
             f"standard library, held out: model {paid['model']:.3f}, zlib -9 {paid['zlib']:.3f}, order-3 bytes {paid['order3']:.3f}",
         ]
-    lines += ["", f"{'':<86}{'value':>8}   below"]
+    lines += _told_experts(found)
+    lines += ["", f"{'':<86}{'value':>8}   has to be"]
     for bar in found["bars"]:
-        lines.append(f"{'ok  ' if bar['met'] else 'MISS'}  {bar['what']:<80}{bar['value']:>8.3g}   {bar['below']:.4g}")
+        rule, bound = bars.rule_and_bound(bar)
+        told = f"{bar['what']:<80}{bar['value']:>8.3g}   {rule} {bound:.4g}"
+        lines.append(f"{'ok  ' if bar['met'] else 'MISS'}  {told}")
     return "\n".join(lines)
 
 
-def render(found: dict[str, Any], run: Run, told: Sequence[Told], manifest: dict[str, Any]) -> str:
+def _told_experts(found: dict[str, Any]) -> list[str]:
+    """A line for each expert and level, and the unified model's score beside the level that it was measured on."""
+    experts = found.get("experts", [])
+    if not experts:
+        return []
+    lines = [
+        "",
+        f"{'expert':<12}{'level':>6}{'SFT':>8}{'more SFT':>10}{'RL':>8}   gain of RL{'':<8}{'tasks':>7}{'unified':>9}",
+    ]
+    level = experts[0]["level"]
+    for row in experts:
+        more = f"{row['more_sft']:.3f}" if row["more_sft"] is not None else "-"
+        unified = found.get("unified", {}).get(row["domain"], {}) if row["level"] == level else {}
+        last = f"{unified['score']:.3f}" if unified else "-"
+        gain = f"{row['gain']:+.3f} ± {row['stderr']:.3f}"
+        start = f"{row['domain']:<12}{row['level']:>6}{row['sft']:>8.3f}{more:>10}{row['rl']:>8.3f}"
+        lines.append(f"{start}   {gain:<18}{row['n']:>7}{last:>9}")
+    return lines
+
+
+def render(found: dict[str, Any], run: Run, told: Sequence[Told], story: Story, manifest: dict[str, Any]) -> str:
     """One page without anything from outside."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("glm_jax.evals", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -174,7 +179,21 @@ def render(found: dict[str, Any], run: Run, told: Sequence[Told], manifest: dict
         settings=_settings(run, found["changes"]),
         layers=figures.layer_names(run),
         load_steps=LOAD_STEPS,
+        bars=[(bar, *bars.rule_and_bound(bar)) for bar in found["bars"]],
+        story=_story(run, story) if story.trained or story.scores else None,
     )
+
+
+def _story(run: Run, story: Story) -> dict[str, Any]:
+    """What the page shows of post-training."""
+    return {
+        "curves": rl_figures.curves(story),
+        "tables": posttraining.table(run, story),
+        "runs": posttraining.rl_runs(story),
+        "dialogues": posttraining.dialogues(run, story),
+        "rejection": story.rejection,
+        "final": story.final,
+    }
 
 
 def _settings(run: Run, changes: dict[str, Any]) -> dict[str, list[tuple[str, Any, Any]]]:

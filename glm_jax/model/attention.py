@@ -37,17 +37,19 @@ class Attention:
 
 @struct.dataclass
 class Places:
-    """Where tokens stand: position in their document, document in their row (0: padding), and RoPE's angles."""
+    """Where tokens stand: position in their document, document in their row (0: padding), the segment that it continues
+    (or itself), and RoPE's angles."""
 
     positions_BT: Array
     segments_BT: Array
+    prefixes_BT: Array
     cos_BTH: Array
     sin_BTH: Array
 
 
-def places(cfg: Model, positions_BT: Array, segments_BT: Array) -> Places:
+def places(cfg: Model, positions_BT: Array, segments_BT: Array, prefixes_BT: Array) -> Places:
     angles = rotary_angles(positions_BT, cfg.rotary, cfg.rope_theta)
-    return Places(positions_BT, segments_BT, jnp.cos(angles), jnp.sin(angles))
+    return Places(positions_BT, segments_BT, prefixes_BT, jnp.cos(angles), jnp.sin(angles))
 
 
 def attention(
@@ -70,14 +72,15 @@ def attention(
         k_BSKH, v_BSKH = kv.read(cache, layer)
         positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
 
-    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments):
+    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes):
         return attention_kernel(
             q, k, v,
             q_positions_BT=q_positions, k_positions_BS=k_positions,
-            q_segments_BT=q_segments, k_segments_BS=k_segments,
+            q_segments_BT=q_segments, k_segments_BS=k_segments, q_prefixes_BT=q_prefixes,
             scale=cfg.H**-0.5, implementation=cfg.implementation,
         )  # fmt: skip
 
-    attend = mesh.per_shard(attend, ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS"), "BTNH")
-    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, at.positions_BT, positions_BS, at.segments_BT, segments_BS)
+    attend = mesh.per_shard(attend, ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS", "BT"), "BTNH")
+    where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS, at.prefixes_BT)
+    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where)
     return jnp.tensordot(y_BTNH, p.o_NHD, axes=2), cache  # einsum would contract "hn": a transposed copy of the weight

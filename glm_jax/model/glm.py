@@ -61,7 +61,7 @@ def router_bias(cfg: Model) -> Array:
     return jnp.zeros(ROUTER_BIAS.resolve(cfg, cfg.router_rows).shape, jnp.float32)
 
 
-def forward(
+def forward(  # noqa: PLR0913 (where tokens stand is four arrays, all optional)
     cfg: Model,
     params: GLM,
     router_bias_LE: Array,
@@ -69,22 +69,25 @@ def forward(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
+    prefixes_BT: Array | None = None,
     next_ids_BT: Array | None = None,
     cache: kv.Cache | None = None,
 ) -> tuple[Array, Aux]:
     """Logits of the next token, float32 [B, T, V], and `Aux`.
 
     positions_BT restart in every document of a packed row; segments_BT number the documents (0: padding). By default
-    a row is one document, continued from the cache if there is one. With next_ids_BT the MTP layer runs too.
+    a row is one document, continued from the cache if there is one. A segment may continue an earlier one, named in
+    prefixes_BT, which several share: its positions go on from there. With next_ids_BT the MTP layer runs too.
     """
     aux = hidden(
         cfg, params, router_bias_LE, ids_BT,
-        positions_BT=positions_BT, segments_BT=segments_BT, next_ids_BT=next_ids_BT, cache=cache,
+        positions_BT=positions_BT, segments_BT=segments_BT, prefixes_BT=prefixes_BT,
+        next_ids_BT=next_ids_BT, cache=cache,
     )  # fmt: skip
     return head(cfg, params, aux.hidden_BTD), aux
 
 
-def hidden(
+def hidden(  # noqa: PLR0913 (as forward)
     cfg: Model,
     params: GLM,
     router_bias_LE: Array,
@@ -92,6 +95,7 @@ def hidden(
     *,
     positions_BT: Array | None = None,
     segments_BT: Array | None = None,
+    prefixes_BT: Array | None = None,
     next_ids_BT: Array | None = None,
     cache: kv.Cache | None = None,
 ) -> Aux:
@@ -101,8 +105,10 @@ def hidden(
     if positions_BT is None:
         first_B1 = jnp.zeros_like(ids_BT[:, :1]) if cache is None else cache.length_B[:, None]
         positions_BT = first_B1 + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
-    ids_BT, positions_BT, segments_BT = (mesh.constrain(z, "BT") for z in (ids_BT, positions_BT, segments_BT))
-    at = places(cfg, positions_BT, segments_BT)
+    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
+    ids_BT, *where_BT = (mesh.constrain(z, "BT") for z in (ids_BT, positions_BT, segments_BT, prefixes_BT))
+    at = places(cfg, *where_BT)
+    positions_BT, segments_BT = at.positions_BT, at.segments_BT
     if cache is not None:
         cache = kv.place(cache, positions_BT, segments_BT)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glm_jax.config import GRPO
+from glm_jax.data.document import unit
 from glm_jax.envs.task import Task
 from glm_jax.rl.advantages import Group, varies
 from glm_jax.rl.curriculum import Problems
@@ -63,23 +64,36 @@ def collect(policy: Policy, problems: Problems, settings: GRPO, seed: int, group
     return found
 
 
+def share(number: int, part: float) -> bool:
+    """Whether item `number` belongs to the `part` of all that a hash chooses: no period that levels could share."""
+    return unit("share", number) < part
+
+
 def sample_groups(
     policy: Policy, tasks: Sequence[Task], size: int, settings: GRPO, seed: int, *, first_uid: int = 0
 ) -> list[Group]:
     """`size` answers to each task, drawn as `settings` says."""
     repeated = [task for task in tasks for _ in range(size)]
+    modes = [share(i, settings.thinking_share) for i in range(len(tasks)) for _ in range(size)]
     how = Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens, seed=seed)
-    samples = sample_all(policy, repeated, how, first_uid)
+    samples = sample_all(policy, repeated, how, settings.seq_len, first_uid, thinking=modes)
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 def sample_all(
-    policy: Policy, tasks: Sequence[Task], how: Sampling, first_uid: int = 0, *, thinking: bool = True
+    policy: Policy,
+    tasks: Sequence[Task],
+    how: Sampling,
+    tokens: int,
+    first_uid: int = 0,
+    *,
+    thinking: bool | Sequence[bool] = True,
 ) -> list[Sample]:
-    """One answer to each of `tasks`, `MOST_ROWS` at a time."""
+    """One answer to each of `tasks`, of `tokens` at most with its prompt, `MOST_ROWS` at a time."""
     done: list[Sample] = []
     for first in range(0, len(tasks), MOST_ROWS):
         part = tasks[first : first + MOST_ROWS]
         uids = range(first_uid + first, first_uid + first + len(part))
-        done += rollout(policy, part, how, uids, thinking=thinking)
+        modes = thinking if isinstance(thinking, bool) else thinking[first : first + MOST_ROWS]
+        done += rollout(policy, part, how, uids, tokens=tokens, thinking=modes)
     return done

@@ -3,22 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jax import Array
 
 from glm_jax import model
 from glm_jax.config import Model
+from glm_jax.data.prepare import load_tokenizer
 from glm_jax.envs import get as environment
 from glm_jax.envs import guard
 from glm_jax.envs.task import Episode, Task, Turn
 from glm_jax.rl.sample import Sample
-from glm_jax.sample.engine import Completion, Sampling, Session
+from glm_jax.sample.engine import Completion, Sampling, Session, prepare
 from glm_jax.text.chat import observation_tokens, render_tokens, stop_ids
 from glm_jax.text.parse import parse_tokens
 from glm_jax.text.tokenizer import Tokenizer
+from glm_jax.train import checkpoint
 
-TOKENS_MULTIPLE = 128  # of what a session is begun with, so that few shapes are compiled
+TOO_LONG = "too long"
 TIME_LIMIT = 5.0  # seconds for an environment's reply
 
 
@@ -32,26 +35,40 @@ class Policy:
     tokenizer: Tokenizer
 
 
+def load_policy(folder: Path) -> Policy:
+    """The last checkpoint of a stage's folder, ready to answer, on the mesh that is set or the default device."""
+    run, params, router_bias_LE, data = checkpoint.load_params(folder)
+    return Policy(run.model, prepare(run.model, params), router_bias_LE, load_tokenizer(data, run.model.V))
+
+
 def rollout(
-    policy: Policy, tasks: Sequence[Task], settings: Sampling, uids: Sequence[int], *, thinking: bool = True
+    policy: Policy,
+    tasks: Sequence[Task],
+    settings: Sampling,
+    uids: Sequence[int],
+    *,
+    tokens: int,
+    thinking: bool | Sequence[bool] = True,
 ) -> list[Sample]:
-    """One answer to each of `tasks` (a task may stand there many times), `settings.max_new_tokens` in a turn at most.
+    """One answer to each of `tasks` (a task may stand there many times), of `settings.max_new_tokens` a turn and, with
+    the prompt and all turns, `tokens` at most; an answer without room for its next turn ends as too long.
 
     The draws of answer i depend on (settings.seed, uids[i], position) alone. An environment that raises or hangs ends
-    its answer with that reason and reward 0; the others go on.
+    its answer with that reason and reward 0; the others go on. `thinking`: the mode of all answers, or of each.
     """
     tokenizer = policy.tokenizer
     settings = dataclasses.replace(settings, stop_ids=stop_ids(tokenizer))
-    samples = [Sample(task, thinking) for task in tasks]
+    modes = [thinking] * len(tasks) if isinstance(thinking, bool) else thinking
+    samples = [Sample(task, mode) for task, mode in zip(tasks, modes, strict=True)]
     episodes = [environment(task.env).start(task) for task in tasks]
-    given = [render_tokens(tokenizer, list(t.messages), t.tools, thinking).ids for t in tasks]
-    tokens = max(len(ids) + _room(t, settings) for ids, t in zip(given, tasks, strict=True))
-    tokens = -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+    given = [render_tokens(tokenizer, list(s.task.messages), s.task.tools, s.thinking).ids for s in samples]
     session = Session(policy.cfg, policy.params, policy.router_bias_LE, uids, tokens)
     while any(given):
-        for sample, ids in zip(samples, given, strict=True):
-            if ids:
-                sample.give(ids)
+        for row, sample in enumerate(samples):
+            if given[row] and len(sample.ids) + len(given[row]) + settings.max_new_tokens > tokens:
+                sample.end(0.0, TOO_LONG)
+                given[row] = []
+            sample.give(given[row])
         completions = session.turn(given, settings)
         given = [
             _reply(tokenizer, sample, episode, completion) if completion else []
@@ -60,18 +77,13 @@ def rollout(
     return samples
 
 
-def _room(task: Task, settings: Sampling) -> int:
-    """Tokens that an answer may take after its prompt; an observation is taken to be no longer than a turn."""
-    return (2 * task.max_turns - 1) * settings.max_new_tokens
-
-
 def _reply(tokenizer: Tokenizer, sample: Sample, episode: Episode, completion: Completion) -> list[int]:
     """Show the environment what was drawn; returns what the model reads next, nothing when the answer has ended."""
     sample.draw(completion.ids, completion.logprobs)
     message = parse_tokens(tokenizer, completion.ids, sample.task.tools)
     sample.turns.append({"role": "assistant", **message})
     if completion.finish == "length":
-        sample.end(0.0, "too long")
+        sample.end(0.0, TOO_LONG)
         return []
     wrong = _format_error(tokenizer, sample, message, completion.ids[-1])
     if wrong:
@@ -101,4 +113,4 @@ def _format_error(tokenizer: Tokenizer, sample: Sample, message: dict[str, Any],
 
 def well_formed(sample: Sample) -> bool:
     """Whether every turn kept to the format, right or wrong as the answer may be."""
-    return sample.reason not in ("malformed", "no thought", "thought in direct mode", "wrong stop", "too long")
+    return sample.reason not in ("malformed", "no thought", "thought in direct mode", "wrong stop", TOO_LONG)

@@ -38,7 +38,7 @@ class Sample:
         return sum(self.sampled)
 
     def _append(self, ids: list[int], log_probs: list[float], sampled: bool) -> None:
-        if self.reason:
+        if self.reason and ids:
             raise ValueError(f"the sample has ended ({self.reason}); nothing can follow")
         self.ids += ids
         self.log_probs += log_probs

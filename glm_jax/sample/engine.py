@@ -159,6 +159,8 @@ class Session:
     def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
         """Read new tokens and draw every row's first one. In the first turn, rows that begin alike are read once."""
         rows, source_B, cache = self._rows, None, self._cache
+        alive_B = np.zeros(rows, bool)
+        alive_B[: len(texts)] = [len(text) > 0 for text in texts]
         if cache is None:
             distinct = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
             if _batch_rows(len(distinct)) < rows:
@@ -171,7 +173,6 @@ class Session:
         ids_UT = np.zeros((rows, _bucket(int(lengths_U.max()), 16)), np.int32)
         for row, text in enumerate(texts):
             ids_UT[row, : len(text)] = text
-        alive_B = np.arange(self._rows) < len(self._held) if source_B is not None else lengths_U > 0
         new = _bucket(settings.max_new_tokens, 16)
         return _prefill(
             self._cfg, new, self._params, self._bias_LE, cache, (ids_UT, lengths_U),

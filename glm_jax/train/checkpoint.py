@@ -73,10 +73,14 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def save_run(folder: Path, run: Run, stage: str, data: Path) -> None:
-    """Write what made this folder, so that a later stage, `chat` or a notebook needs nothing but its path."""
+def save_run(folder: Path, run: Run, stage: str, data: Path, after: Path | None = None) -> None:
+    """Write what made this folder, so that a later stage, `chat` or a notebook needs nothing but its path.
+
+    `after`: the stage folder that this one goes on from; it decides which of a run's stages is the latest.
+    """
     described = {"run": config.canonical(run), "fingerprint": config.fingerprint(run), "stage": stage}
-    write_json(folder / RUN_FILE, {**described, "data": os.path.relpath(data, folder)})
+    order = 0 if after is None else read_json(after / RUN_FILE).get("order", 0) + 1
+    write_json(folder / RUN_FILE, {**described, "order": order, "data": os.path.relpath(data, folder)})
 
 
 def load_run(folder: Path) -> tuple[Run, str, Path]:
@@ -97,7 +101,13 @@ def stage_folder(path: Path) -> Path:
         raise ConfigError(
             f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"
         )
-    return max(stages, key=lambda folder: committed(folder)[-1])
+    return max(stages, key=lambda folder: (read_json(folder / RUN_FILE).get("order", 0), committed(folder)[-1]))
+
+
+def final_folder(path: Path) -> Path:
+    """The stage folder of the model that `path` ends with: as `stage_folder`, but a run's unified model comes first."""
+    unified = path / "unified"
+    return stage_folder(unified if any(map(committed, unified.glob("*"))) else path)
 
 
 def load_params(path: Path) -> tuple[Run, model.GLM, jax.Array, Path]:

@@ -33,12 +33,14 @@ def train_stage(
     start: Path | None = None,
     weights: Path | None = None,
     evaluate: Evaluate | None = None,
+    measure: str = "bits_per_byte",
 ) -> dict[str, Any]:
     """Train `stage` of `run` in the folder `out` on the rows of `data`, and return its result (also `result.json`).
 
     Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else begins anew
     with the weights (and nothing else) of the stage folder `weights`; else from scratch. Killed at any moment and
-    called again, it ends in the same bits. FloatingPointError where the loss is no number.
+    called again, it ends in the same bits. `measure` names what `evaluate` returns. FloatingPointError
+    where the loss is no number.
     """
     if checkpoint.committed(out):
         _check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
@@ -49,9 +51,9 @@ def train_stage(
     specs = model.specs(cfg)
     check_layout(run, stage)
     tx = optimizer(run.optim, specs)
-    checkpoint.save_run(out, run, stage.name, data)
+    checkpoint.save_run(out, run, stage.name, data, start or weights)
     with jax.set_mesh(device_mesh):
-        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed))
+        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed), measure)
         try:
             trainer.restore(start, weights)
             return trainer.train(evaluate)
@@ -70,12 +72,20 @@ class _Trainer:
     """A stage under way: what must be closed, and what a checkpoint holds beside the state."""
 
     def __init__(
-        self, run: Run, stage: Stage, cfg: config.Model, tx: optax.GradientTransformation, out: Path, rows: Microbatches
+        self,
+        run: Run,
+        stage: Stage,
+        cfg: config.Model,
+        tx: optax.GradientTransformation,
+        out: Path,
+        rows: Microbatches,
+        measure: str,
     ):
         self.run, self.stage, self.cfg, self.tx, self.out = run, stage, cfg, tx, out
         self.plan = steps(run, stage)
         self.last = self.plan.first + len(self.plan)
         self.most_microbatches = max(self.plan[i].microbatches for i in (-1, -min(2, len(self.plan))))
+        self.measure = measure
         self.checkpoints = checkpoint.Checkpoints(out, keep=run.loop.keep_checkpoints)
         self.batches = rows
         self.log: metrics.Log | None = None
@@ -109,7 +119,7 @@ class _Trainer:
         self.log = metrics.Log(self.out, -1 if resumed is None else self.step, self.stage.tokens, self.stage.name)
         begun = time.monotonic() - self.seconds
         if resumed is None:
-            self.log.event("run", self.step, **_describe(self.run, self.stage))
+            self.log.event("run", self.step, **describe(self.run, self.stage))
             self._evaluate(evaluate, "start")
         pending = None
         for planned in self.plan.since(self.step):
@@ -176,11 +186,11 @@ class _Trainer:
         if evaluate is None or (when in done and when != "during"):
             return
         values = evaluate(self.cfg, self.state.params, self.state.router_bias_LE)
-        self.log.event("eval", self.step, when=when, bits_per_byte=values)
+        self.log.event("eval", self.step, when=when, **{self.measure: values})
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         self.checkpoints.wait()
-        evals = {r["when"]: r["bits_per_byte"] for r in metrics.read(self.out / "log.jsonl", "eval")}
+        evals = {r["when"]: r[self.measure] for r in metrics.read(self.out / "log.jsonl", "eval")}
         tokens = self.plan.microbatches * self.stage.microbatch_tokens
         result = {
             "name": self.stage.name, "seconds": round(seconds, 2), "tokens": tokens,
@@ -231,7 +241,7 @@ def _knobs(planned: Step) -> Knobs:
     return Knobs(*(jnp.float32(v) for v in values), microbatches=jnp.int32(planned.microbatches))
 
 
-def _describe(run: Run, stage: Stage) -> dict[str, Any]:
+def describe(run: Run, stage: Stage) -> dict[str, Any]:
     """The first record of a log: what ran, from which commit, on what."""
     return {
         "fingerprint": config.fingerprint(run),

@@ -45,7 +45,7 @@ def loss_fn(
     """
     aux = model.hidden(
         cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"],
-        next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
+        prefixes_BT=batch.get("prefixes"), next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
     )  # fmt: skip
     head_DV = model.output_matrix(cfg, params)
     metrics = {}

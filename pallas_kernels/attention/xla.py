@@ -6,6 +6,8 @@ A query's G heads lie beside it, so a row is (query, head of its group) and keys
 In block shapes i is a block of queries, j of keys, r of rows.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,15 +20,17 @@ FEW_QUERIES = 8  # up to here the keys' way from memory is the whole cost
 NEVER = jnp.iinfo(jnp.int32).max
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale) -> Array:
+def attention(
+    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT, scale
+) -> Array:
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     if T <= FEW_QUERIES:
-        see_BTS = reference.visible_BTS(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+        see_BTS = reference.visible_BTS(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT)
         return _few_queries(q_BTNH, k_BSKH, v_BSKH, see_BTS, scale)
-    q_BTNH, q_positions_BT, q_segments_BT = (_pad(z) for z in (q_BTNH, q_positions_BT, q_segments_BT))
-    k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = (_pad(z) for z in (k_BSKH, v_BSKH, k_positions_BS, k_segments_BS))
+    q_BTNH, *q_at_BT = (_pad(z) for z in (q_BTNH, q_positions_BT, q_segments_BT, q_prefixes_BT))
+    k_BSKH, v_BSKH, *k_at_BS = (_pad(z) for z in (k_BSKH, v_BSKH, k_positions_BS, k_segments_BS))
     q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    y_BKRH = _blocked(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)
+    y_BKRH = _blocked(q_BKRH, k_BKSH, v_BKSH, tuple(q_at_BT), tuple(k_at_BS), scale)
     y_BTKGH = y_BKRH.reshape(B, K, -1, N // K, H).swapaxes(1, 2)
     return y_BTKGH.reshape(B, -1, N, H)[:, :T].astype(q_BTNH.dtype)
 
@@ -82,32 +86,29 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, preferred_element_type=F32)
 
 
-def _overlaps(q_positions_BT: Array, k_positions_BS: Array, q_segments_BT: Array, k_segments_BS: Array) -> Array:
+def _overlaps(q_at_BT: tuple[Array, ...], k_at_BS: tuple[Array, ...]) -> Array:
     """Boolean [blocks of queries, blocks of keys]: false only where no query of the one sees a key of the other."""
+    (q_positions_BT, q_segments_BT, q_prefixes_BT), (k_positions_BS, k_segments_BS) = q_at_BT, k_at_BS
 
-    def ends(z, segments, reduce, otherwise):
+    def of_blocks(reduce, otherwise, z, segments):
         shape = (z.shape[0], _blocks(z.shape[1]), -1)
         return reduce(jnp.where(segments == 0, otherwise, z).reshape(shape), axis=-1)
 
-    q, k = (q_positions_BT, q_segments_BT), (k_positions_BS, k_segments_BS)
-    in_time = ends(*k, jnp.min, NEVER)[:, None] <= ends(*q, jnp.max, -NEVER)[:, :, None]
-    k_starts = (
-        ends(k_segments_BS, k_segments_BS, jnp.min, NEVER)[:, None]
-        <= q_segments_BT.reshape(*in_time.shape[:2], -1).max(-1)[:, :, None]
-    )
-    q_starts = (
-        ends(q_segments_BT, q_segments_BT, jnp.min, NEVER)[:, :, None]
-        <= k_segments_BS.reshape(len(in_time), in_time.shape[2], -1).max(-1)[:, None]
-    )
-    return (in_time & k_starts & q_starts).any(0)
+    lowest, highest = partial(of_blocks, jnp.min, NEVER), partial(of_blocks, jnp.max, -NEVER)
+    first_seen_BT = jnp.minimum(q_segments_BT, q_prefixes_BT)
+    in_time_BIJ = lowest(k_positions_BS, k_segments_BS)[:, None] <= highest(q_positions_BT, q_segments_BT)[:, :, None]
+    in_reach_BIJ = (
+        lowest(k_segments_BS, k_segments_BS)[:, None] <= highest(q_segments_BT, q_segments_BT)[:, :, None]
+    ) & (lowest(first_seen_BT, q_segments_BT)[:, :, None] <= highest(k_segments_BS, k_segments_BS)[:, None])
+    return (in_time_BIJ & in_reach_BIJ).any(0)
 
 
 def _scores(
-    q_BKrH: Array, k_BKjH: Array, q_at_Bi: tuple[Array, Array], k_at_Bj: tuple[Array, Array], scale: float
+    q_BKrH: Array, k_BKjH: Array, q_at_Bi: tuple[Array, ...], k_at_Bj: tuple[Array, ...], scale: float
 ) -> Array:
-    """Float32 [B, K, j, r], -inf where invisible; `at` is (positions, segments)."""
-    (q_position_Bi, q_segment_Bi), (k_position_Bj, k_segment_Bj) = q_at_Bi, k_at_Bj
-    see_Bij = reference.visible_BTS(q_position_Bi, k_position_Bj, q_segment_Bi, k_segment_Bj)
+    """Float32 [B, K, j, r], -inf where invisible; `at` is positions, segments and, of queries, prefixes."""
+    (q_position_Bi, q_segment_Bi, q_prefix_Bi), (k_position_Bj, k_segment_Bj) = q_at_Bi, k_at_Bj
+    see_Bij = reference.visible_BTS(q_position_Bi, k_position_Bj, q_segment_Bi, k_segment_Bj, q_prefix_Bi)
     score_BKjr = _dot(k_BKjH, q_BKrH, 3, 3) * scale
     B, K, j, _ = score_BKjr.shape
     score_BKjiG = score_BKjr.reshape(B, K, j, see_Bij.shape[1], -1)
@@ -124,18 +125,18 @@ def _over_keys(sees_J: Array, body, carry):
     return lax.fori_loop(0, last + 1, step, carry)
 
 
-def _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale):
+def _forward(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale):
     """The result, float32, and each row's log of its sum of exponentials (+inf where nothing is visible)."""
-    sees_IJ = _overlaps(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    sees_IJ = _overlaps(q_at_BT, k_at_BS)
     q_blocks, k_blocks = sees_IJ.shape
 
     def queries(out, i):
         q_BKrH = _block(q_BKRH, i, q_blocks, 2)
-        q_at = _block(q_positions_BT, i, q_blocks, 1), _block(q_segments_BT, i, q_blocks, 1)
+        q_at = tuple(_block(z_BT, i, q_blocks, 1) for z_BT in q_at_BT)
 
         def keys(j, carry):
             top_BKr, sum_BKr, y_BKrH = carry
-            k_at = _block(k_positions_BS, j, k_blocks, 1), _block(k_segments_BS, j, k_blocks, 1)
+            k_at = tuple(_block(z_BS, j, k_blocks, 1) for z_BS in k_at_BS)
             score_BKjr = _scores(q_BKrH, _block(k_BKSH, j, k_blocks, 2), q_at, k_at, scale)
             new_BKr = jnp.maximum(top_BKr, score_BKjr.max(2))
             safe_BKr = jnp.where(new_BKr == -jnp.inf, 0, new_BKr)
@@ -159,8 +160,8 @@ def _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_
 
 
 def _backward(scale, saved, dy_BKRH):
-    q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, y_BKRH, lse_BKR = saved
-    sees_IJ = _overlaps(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, y_BKRH, lse_BKR = saved
+    sees_IJ = _overlaps(q_at_BT, k_at_BS)
     q_blocks, k_blocks = sees_IJ.shape
     delta_BKR = (dy_BKRH * y_BKRH).sum(-1)
     dtype = q_BKRH.dtype
@@ -168,12 +169,12 @@ def _backward(scale, saved, dy_BKRH):
     def queries(carry, i):
         q_BKrH, dy_BKrH = _block(q_BKRH, i, q_blocks, 2), _block(dy_BKRH, i, q_blocks, 2).astype(dtype)
         lse_BK1r, delta_BK1r = (_block(z, i, q_blocks, 2)[:, :, None] for z in (lse_BKR, delta_BKR))
-        q_at = _block(q_positions_BT, i, q_blocks, 1), _block(q_segments_BT, i, q_blocks, 1)
+        q_at = tuple(_block(z_BT, i, q_blocks, 1) for z_BT in q_at_BT)
 
         def keys(j, carry):
             dq_BKrH, dk_BKSH, dv_BKSH = carry
             k_BKjH, v_BKjH = _block(k_BKSH, j, k_blocks, 2), _block(v_BKSH, j, k_blocks, 2)
-            k_at = _block(k_positions_BS, j, k_blocks, 1), _block(k_segments_BS, j, k_blocks, 1)
+            k_at = tuple(_block(z_BS, j, k_blocks, 1) for z_BS in k_at_BS)
             p_BKjr = jnp.exp(_scores(q_BKrH, k_BKjH, q_at, k_at, scale) - lse_BK1r)
             ds_BKjr = (p_BKjr * (_dot(v_BKjH, dy_BKrH, 3, 3) - delta_BK1r) * scale).astype(dtype)
             dv_BKSH = _add_block(dv_BKSH, _dot(p_BKjr.astype(dtype), dy_BKrH, 3, 2), j, k_blocks)
@@ -186,17 +187,17 @@ def _backward(scale, saved, dy_BKRH):
 
     zeros = tuple(jnp.zeros_like(z, F32) for z in (q_BKRH, k_BKSH, v_BKSH))
     grads = lax.scan(queries, zeros, jnp.arange(q_blocks))[0]
-    return *(d.astype(dtype) for d in grads), None, None, None, None
+    return *(d.astype(dtype) for d in grads), (None,) * 3, (None,) * 2
 
 
-def _result(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale) -> Array:
-    return _forward(q_BKRH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, scale)[0]
+def _result(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale) -> Array:
+    return _forward(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale)[0]
 
 
 def _blocked_fwd(*inputs):
     y_BKRH, lse_BKR = _forward(*inputs)
-    return y_BKRH, (*inputs[:7], y_BKRH, lse_BKR)
+    return y_BKRH, (*inputs[:5], y_BKRH, lse_BKR)
 
 
-_blocked = jax.custom_vjp(_result, nondiff_argnums=(7,))
+_blocked = jax.custom_vjp(_result, nondiff_argnums=(5,))
 _blocked.defvjp(_blocked_fwd, _backward)

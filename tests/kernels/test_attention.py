@@ -30,7 +30,9 @@ def problem(case, dtype="float32", seed=0):
 
 
 @partial(jax.jit, static_argnames="implementation")
-def value_and_gradients(q, k, v, q_positions, k_positions, q_segments, k_segments, implementation=None):
+def value_and_gradients(  # noqa: PLR0913 (the door's)
+    q, k, v, q_positions, k_positions, q_segments, k_segments, implementation=None, q_prefixes=None
+):
     def run(q, k, v):
         return kernels.attention(
             q,
@@ -40,6 +42,7 @@ def value_and_gradients(q, k, v, q_positions, k_positions, q_segments, k_segment
             k_positions_BS=k_positions,
             q_segments_BT=q_segments,
             k_segments_BS=k_segments,
+            q_prefixes_BT=q_prefixes,
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
         )
@@ -88,9 +91,27 @@ def test_any_positions_and_segments(seed):
     q, k, v, *_ = problem(Case(B=2, T=10, S=300, N=4, K=2, H=8), seed=seed)
     rng = np.random.default_rng(seed)
     at = [rng.integers(0, 4, shape, dtype=np.int32) for shape in 2 * [(2, 10), (2, 300)]]
-    want = value_and_gradients(q, k, v, *at, "reference")
-    for got, expected in zip(value_and_gradients(q, k, v, *at), want, strict=True):
+    prefixes = rng.integers(1, np.maximum(at[2], 1) + 1, dtype=np.int32)
+    want = value_and_gradients(q, k, v, *at, "reference", prefixes)
+    for got, expected in zip(value_and_gradients(q, k, v, *at, None, prefixes), want, strict=True):
         np.testing.assert_allclose(got, expected, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_continuations_of_a_shared_prompt_see_what_they_see_alone(implementation):
+    """A prompt of 300 tokens and three continuations of 40: once in one row, once each with a prompt of its own."""
+    prompt, own, count = 300, 40, 3
+    q, k, v, *_ = problem(Case(B=1, T=prompt + count * own, S=prompt + count * own, N=4, K=2, H=8))
+    segments = np.array([[1] * prompt + [n + 2 for n in range(count) for _ in range(own)]], np.int32)
+    prefixes = np.ones_like(segments)
+    positions = np.array([[*range(prompt), *[prompt + i for _ in range(count) for i in range(own)]]], np.int32)
+    shared = value_and_gradients(q, k, v, positions, positions, segments, segments, implementation, prefixes)[0]
+    for n in range(count):
+        at = np.r_[0:prompt, prompt + n * own : prompt + (n + 1) * own]
+        ones = np.ones((1, len(at)), np.int32)
+        places = (np.arange(len(at), dtype=np.int32)[None],) * 2
+        alone = value_and_gradients(q[:, at], k[:, at], v[:, at], *places, ones, ones, implementation)[0]
+        np.testing.assert_allclose(shared[:, at], alone, atol=TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("queries", [1, 20])

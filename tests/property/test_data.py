@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.data import code, packing, sources
-from glm_jax.data.input import assemble
+from glm_jax.data.input import Piece, assemble
 from glm_jax.text.tokenizer import train
 
 TOKENIZER = train(["some text with def and return\n" * 3], 384)
@@ -32,7 +32,7 @@ def test_truncation_makes_every_token_of_full_rows_a_target_exactly_once(lengths
     assert len(plan) == max(len(stream) - 2, 0) // seq_len
     rows = []
     for index in range(len(plan)):
-        pieces = [(documents[d][s : s + n + 2], n) for d, s, n in plan.row(index).tolist()]
+        pieces = [Piece(documents[d][s : s + n + 2], n) for d, s, n in plan.row(index).tolist()]
         rows.append(assemble(pieces, seq_len, isolate=False, end=0))
     used = len(plan) * seq_len
     for name, shift in (("ids", 0), ("targets", 1), ("mtp_targets", 2)):
@@ -45,7 +45,7 @@ def test_isolation_never_mixes_documents(lengths, seq_len, best_fit):
     documents = [np.arange(n) + 1000 * (d + 1) for d, n in enumerate(lengths)]
     plan = packing.best_fit(np.array(lengths), seq_len) if best_fit else packing.truncate(np.array(lengths), seq_len)
     for index in range(len(plan)):
-        pieces = [(documents[d][s : s + n + 2], n) for d, s, n in plan.row(index).tolist()]
+        pieces = [Piece(documents[d][s : s + n + 2], n) for d, s, n in plan.row(index).tolist()]
         row = assemble(pieces, seq_len, isolate=True, end=0)
         real = row["segments"] > 0
         owner = row["ids"] // 1000

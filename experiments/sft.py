@@ -1,0 +1,158 @@
+"""Supervised fine-tuning on dialogues: an expert's cold start, from the mid-trained model.
+
+    python -m experiments.sft --from runs/a --domain reasoning
+    python -m experiments.sft --from runs/a --dialogues my.jsonl --out runs/a/mine
+
+Without --dialogues the oracle of the domain's environment writes them (tasks of held-out prompts left out); with it,
+each line of the file is {"messages": [...], "tools": [...]?, "enable_thinking": true?} in OpenAI's form. Only what the
+assistant says is trained, with the role token that ends its turn. RUN/DOMAIN/sft is a stage's folder like any other:
+the same command continues it, experiments.chat talks to it, experiments.grpo goes on from it.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import cli
+from glm_jax.config import SFT, ConfigError, Expert, Run, Stage, nearest, replace
+
+if TYPE_CHECKING:
+    from glm_jax.data.dialogues import Dialogue
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of supervised fine-tuning."""
+
+    from_: cli.From = None
+    """The run's folder, or a stage's, whose weights to begin with. Its settings are taken over."""
+    domain: str = "reasoning"
+    """Expert of the recipe: its SFT settings, and the environment whose oracle writes the dialogues."""
+    dialogues: Path | None = None
+    """JSON lines to train on instead of the oracle's dialogues."""
+    out: Path | None = None
+    """The stage's folder; by default RUN/DOMAIN/sft."""
+
+
+def main(args: Args, run: Run) -> dict[str, Any]:
+    """Fine-tune; returns the stage's result."""
+    from experiments import pretrain
+    from glm_jax.train import checkpoint
+
+    if args.from_ is None:
+        raise ConfigError("--from is missing: give the folder of a trained run, e.g. --from runs/a")
+    start = checkpoint.stage_folder(args.from_)
+    one = expert(run, args.domain)
+    out = args.out or pretrain.run_folder(args.from_) / args.domain / "sft"
+    if args.dialogues:
+        everything = read(args.dialogues)
+        held_out = max(1, min(one.sft.held_out, len(everything) // 10))
+        training, validation = everything[held_out:], everything[:held_out]
+    else:
+        training, validation = oracle_dialogues(one)
+    return train(run, one.sft, training, validation, out, start)
+
+
+def expert(run: Run, domain: str) -> Expert:
+    """The recipe's expert for `domain`."""
+    known = {one.domain: one for one in run.post.experts}
+    if domain not in known:
+        raise ConfigError(
+            f"recipe {run.name!r} has no expert {domain!r}; {nearest(domain, list(known)) if known else 'it has none: add post.experts'}"
+        )
+    return known[domain]
+
+
+def oracle_dialogues(one: Expert) -> tuple[list["Dialogue"], list["Dialogue"]]:
+    """(training, validation): the oracle's answers to tasks of the expert's levels in turn, in both modes by share."""
+    from glm_jax import envs
+    from glm_jax.data.dialogues import Dialogue
+    from glm_jax.envs import split
+    from glm_jax.rl.collect import share
+
+    environment = envs.get(one.domain)
+
+    def write(count: int, evaluation: bool) -> list[Dialogue]:
+        streams = [split.tasks(environment, level, evaluation=evaluation) for level in one.sft_levels]
+        tasks = itertools.islice((task for turn in zip(*streams, strict=True) for task in turn), count)
+        written = []
+        for number, task in enumerate(tasks):
+            thinking = share(number, one.sft.thinking_share)
+            messages = (*task.messages, *environment.solve(task, thinking))
+            written.append(Dialogue(messages, task.tools, thinking))
+        return written
+
+    return write(one.sft.dialogues, False), write(one.sft.held_out, True)
+
+
+def train(
+    run: Run, settings: SFT, training: Sequence["Dialogue"], validation: Sequence["Dialogue"], out: Path, start: Path
+) -> dict[str, Any]:
+    """Fine-tune the weights in the stage folder `start` on `training`, in the stage folder `out`; returns its result."""
+    from glm_jax.data import dialogues
+    from glm_jax.data.prepare import load_tokenizer
+    from glm_jax.evals.dialogues import evaluator
+    from glm_jax.train import checkpoint, loop
+
+    before, name, data = checkpoint.load_run(start)
+    tokenizer = load_tokenizer(data, run.model.V)
+    rows = out / "data"
+    facts = dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len)
+    theta = next(stage.rope_theta for stage in before.stages if stage.name == name)
+    run, stage = as_stage(run, settings, facts["rows"], theta)
+    result = loop.train_stage(
+        run, stage, out, rows, weights=start, evaluate=evaluator(validation, tokenizer, run, stage), measure="loss"
+    )
+    begun, ended = result["start"]["dialogues"], result["end"]["dialogues"]
+    print(
+        f"{out}: {facts['dialogues']:,} dialogues, {result['tokens']:,} tokens; held-out loss {begun:.3f} -> {ended:.3f}"
+    )
+    return result
+
+
+def as_stage(run: Run, settings: SFT, rows: int, rope_theta: float) -> tuple[Run, Stage]:
+    """The run whose one stage is this fine-tuning: the trainer of pre-training, with its own schedule and optimizer."""
+    batch_tokens = settings.batch_rows * settings.seq_len
+    batches = max(1, round(rows * settings.epochs / settings.batch_rows))
+    tokens = batches * batch_tokens
+    stage = Stage(
+        "sft", tokens, settings.seq_len, rope_theta, settings.microbatch_rows, packing="best_fit", isolate=True
+    )
+    schedule = dataclasses.replace(
+        run.schedule, kind="cosine", peak_lr=settings.peak_lr, final_lr=settings.final_lr,
+        warmup_tokens=round(settings.warmup_share * tokens), batch_tokens_start=batch_tokens,
+        batch_tokens=batch_tokens, batch_ramp_tokens=0, mtp_switch_tokens=0, bias_rate=0.0, bias_freeze_tokens=0,
+    )  # fmt: skip
+    changes = {
+        "pretrain": (), "midtrain": (stage,), "schedule": schedule, "optim": settings.optim,
+        "loop.checkpoint_every": 10**9, "loop.eval_every": max(1, batches // (settings.evals + 1)),
+    }  # fmt: skip
+    return replace(run, **changes), stage
+
+
+def read(path: Path) -> list["Dialogue"]:
+    """Dialogues of a file of JSON lines; an error names the line."""
+    from glm_jax.data.dialogues import Dialogue
+
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            messages, tools = record["messages"], record.get("tools")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f'{path}, line {number}: {error!r}; a line is {{"messages": [...], "tools": [...]}}'
+            ) from error
+        thinking = bool(record.get("enable_thinking", True))
+        found.append(Dialogue(tuple(messages), None if tools is None else tuple(tools), thinking))
+    if len(found) < 2:
+        raise ConfigError(f"{path} has {len(found)} dialogues; give at least two, one is held out")
+    return found
+
+
+if __name__ == "__main__":
+    cli.main(main)

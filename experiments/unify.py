@@ -1,0 +1,103 @@
+"""Unification: the experts' accepted answers distilled into one hybrid model, then general RL on all their tasks.
+
+    python -m experiments.unify --from runs/a                  # RUN/*/rl -> RUN/unified/sft -> RUN/unified/rl
+
+Every expert answers fresh prompts of its domain; rejection sampling keeps what is well formed, long enough, not
+repetitive and verified (counts per reason in RUN/unified/rejection.json). Half of the kept answers are told again without
+reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO goes on with tasks of all domains in
+both modes. With `post.rounds` of 2 each expert first starts cold again from its own accepted answers, and RL again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import cli, grpo, sft
+from glm_jax.config import ConfigError, Expert, Run
+
+if TYPE_CHECKING:
+    from glm_jax.data.dialogues import Dialogue
+    from glm_jax.distill.rejection import Accepted
+
+REJECTION_FILE = "rejection.json"
+FRESH_SEED = 10**8  # of the prompts: far beyond what RL has drawn
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of unification."""
+
+    from_: cli.From = None
+    """The run's folder, which holds the mid-trained model and every expert's RL."""
+
+
+def main(args: Args, run: Run) -> dict[str, Any]:
+    """Distil the experts and train the unified model; returns the result of its RL."""
+    if args.from_ is None:
+        raise ConfigError("--from is missing: give the folder of a run with its experts, e.g. --from runs/a")
+    fine_tune(run, args.from_)
+    return reinforce(run, args.from_)
+
+
+def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
+    """Rejection sampling, and SFT from the mid-trained base, in RUN/unified/sft."""
+    from glm_jax.train import checkpoint, loop
+
+    out = folder / "unified" / "sft"
+    if (out / loop.RESULT_FILE).exists():
+        return checkpoint.read_json(out / loop.RESULT_FILE)
+    accepted = {one.domain: answers(run, one, folder / one.domain / "rl") for one in run.post.experts}
+    counts = {domain: found.record() for domain, found in accepted.items()}
+    checkpoint.write_json(folder / "unified" / REJECTION_FILE, counts)
+    for domain, count in counts.items():
+        print(f"{domain}: {count['accepted']} of {count['answers']} answers accepted; {count['reasons']}", flush=True)
+    empty = [domain for domain, count in counts.items() if not count["accepted"]]
+    if empty:
+        raise ConfigError(
+            f"no answer of {', '.join(empty)} was accepted; train the expert for longer, or raise post.unify.answers"
+        )
+    training, validation = split(accepted, run.post.unify.direct_share, run.post.unify.sft.held_out)
+    return sft.train(run, run.post.unify.sft, training, validation, out, checkpoint.stage_folder(folder))
+
+
+def reinforce(run: Run, folder: Path) -> dict[str, Any]:
+    """General RL on the tasks of all domains, in RUN/unified/rl."""
+    sources = [(one.domain, level) for one in run.post.experts for level in run.post.unify.grpo.levels]
+    return grpo.train(run, run.post.unify.grpo, sources, folder / "unified" / "rl", folder / "unified" / "sft")
+
+
+def answers(run: Run, one: Expert, folder: Path) -> "Accepted":
+    """What an expert, in its stage folder, answers to fresh training prompts, filtered."""
+    import jax
+
+    from glm_jax import mesh
+    from glm_jax.distill.rejection import filtered
+    from glm_jax.rl.collect import sample_groups
+    from glm_jax.rl.curriculum import Problems
+    from glm_jax.rl.rollout import load_policy
+
+    unify = run.post.unify
+    sources = [(one.domain, level) for level in unify.grpo.levels]
+    problems = Problems(sources, first_seed=FRESH_SEED).take(unify.prompts)
+    with jax.set_mesh(mesh.make(run.mesh)):
+        groups = sample_groups(load_policy(folder), problems, unify.answers, one.grpo, run.loop.seed)
+    return filtered(groups, unify.keep, unify.min_answer_tokens)
+
+
+def split(
+    accepted: dict[str, "Accepted"], direct_share: float, held_out: int
+) -> tuple[list["Dialogue"], list["Dialogue"]]:
+    """(training, validation) dialogues of all domains, in both modes; `held_out` of them for validation."""
+    from glm_jax.distill.rejection import dialogues
+
+    training, validation = [], []
+    for found in accepted.values():
+        told = list(dialogues(found.samples, direct_share))
+        count = min(held_out // len(accepted), len(told) // 10)
+        validation += told[:count]
+        training += told[count:]
+    return training, validation
+
+
+if __name__ == "__main__":
+    cli.main(main)
