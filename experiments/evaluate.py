@@ -214,7 +214,7 @@ def _measure(folder: Path, domain: str, level: int, thinking: bool, evaluation: 
     how = Sampling(evaluation.temperature, max_new_tokens=grpo.max_new_tokens, seed=run.loop.seed)
     with jax.set_mesh(mesh.make(run.mesh)):
         policy, many = _policy(folder, **about), {"tasks": evaluation.tasks, "answers": evaluation.answers}
-        found = scores.measure(policy, domain, level, **many, how=how, tokens=grpo.seq_len, thinking=thinking)
+        found = scores.measure(policy, domain, level, **many, how=how, tokens=grpo.max_tokens, thinking=thinking)
     return {"checkpoint": _place(folder, run)[1], **about, **found}
 
 

@@ -76,7 +76,8 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
 
 
 class Learner:
-    """The loop, and what a checkpoint holds: parameters and optimizer, the place among the problems, seconds so far."""
+    """The loop, and what a checkpoint holds: parameters and optimizer, the place among the problems, seconds so far, and
+    the microbatches that a step's batch has room for."""
 
     def __init__(
         self, run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Path, data: Path, start: Path
@@ -93,14 +94,14 @@ class Learner:
         self.tokenizer = load_tokenizer(data, self.cfg.V)
         self.problems = Problems(sources, run.loop.seed, settings.hard_pool if settings.hard_share else 0)
         self.checkpoints = checkpoint.Checkpoints(out, keep=run.loop.keep_checkpoints)
-        self.step, self.seconds, self.most_microbatches = 0, 0.0, 1
+        self.step, self.seconds, self.room = 0, 0.0, 16
         latest = self.checkpoints.latest()
         if latest is None:
             self.state = loop.from_weights(run, self.tx, start)
         else:
             self.state, meta = self.checkpoints.restore(latest, state.abstract(self.cfg, self.tx))
             self.problems.set_state(meta["problems"])
-            self.step, self.seconds, self.most_microbatches = latest, meta["seconds"], meta["most_microbatches"]
+            self.step, self.seconds, self.room = latest, meta["seconds"], meta["room"]
         shown = ("reward", "entropy", "mismatch_max")
         self.log = metrics.Log(out, -1 if latest is None else self.step, settings.steps, str(out), "step", shown)
         if latest is None:
@@ -166,9 +167,10 @@ class Learner:
 
         s = self.settings
         micro = microbatches(groups, s, self.tokenizer.end)
-        self.most_microbatches = max(self.most_microbatches, len(micro))
+        while self.room < len(micro):
+            self.room *= 2  # another program is compiled
         empty = {name: np.zeros_like(z) for name, z in micro[0].items()}
-        padded = micro + [empty] * (self.most_microbatches - len(micro))
+        padded = micro + [empty] * (self.room - len(micro))
         place = mesh.batch_sharding(jax.sharding.get_mesh())
         batch = {name: jax.device_put(np.stack([m[name] for m in padded]), place) for name in empty}
         lr = s.peak_lr * min(1.0, (self.step + 1) / max(1, s.warmup_steps))
@@ -207,7 +209,7 @@ class Learner:
 
     def save(self) -> None:
         meta = {
-            "problems": self.problems.get_state(), "seconds": self.seconds, "most_microbatches": self.most_microbatches
+            "problems": self.problems.get_state(), "seconds": self.seconds, "room": self.room
         }  # fmt: skip
         self.checkpoints.save(self.step, self.state, meta)
 

@@ -1,9 +1,10 @@
-"""The whole story in miniature on this machine: documents, both pre-training stages, mid-training, a report to look at.
+"""The whole story in miniature on this machine: documents, both pre-training stages, mid-training, three experts and
+their RL, one unified model, a report to look at.
 
-    python -m experiments.quickstart --recipe tiny --out runs/quickstart      (ten minutes on two cores)
-    python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code on a tenth of the tokens)
+    python -m experiments.quickstart --recipe tiny --out runs/quickstart      (twenty-five minutes on two cores)
+    python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in a few steps of each)
 
-It calls the functions of experiments.data, pretrain, midtrain and evaluate, in one process. Run it again to go on where
+It calls the functions of experiments.data, pretrain, midtrain, posttrain and evaluate, in one process. Run it again to go on where
 it was interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the
 figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
 """
@@ -35,7 +36,7 @@ class Args:
 
 
 def main(args: Args, run: Run) -> None:
-    from experiments import evaluate, pretrain
+    from experiments import evaluate, posttrain, pretrain
     from glm_jax.evals import report, told
     from glm_jax.train import checkpoint, loop
 
@@ -50,6 +51,7 @@ def main(args: Args, run: Run) -> None:
     last = args.out / run.stages[-1].name
     evaluation = args.out / report.EVALUATION_FILE
     parts.append((report.EVALUATION_FILE, lambda: checkpoint.write_json(evaluation, evaluate.compare(last))))
+    parts += posttrain.parts(run, args.out)
     clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
     for done, work in parts:
         print(f"{done.removesuffix('.json')}{'  is there' if (args.out / done).exists() else ''}", file=sys.stderr)
@@ -101,6 +103,10 @@ def _check(out: Path, run: Run) -> None:
             raise ConfigError(
                 f"{out / stage.name} was made by another run: {told}; give another --out, or delete {out}"
             )
+    for path in out.glob(f"*/*/{checkpoint.RUN_FILE}"):
+        if changed := diff(run.post, checkpoint.load_run(path.parent)[0].post):
+            told = ", ".join(f"post.{name} {theirs} there, {ours} now" for name, (theirs, ours) in changed.items())
+            raise ConfigError(f"{path.parent} was made with other settings: {told}; delete it, or give another --out")
 
 
 def _changes(run: Run) -> dict[str, list[Any]]:

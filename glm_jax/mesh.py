@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -130,6 +131,11 @@ def rest(x: Array, spec: Spec) -> Array:
 def constrain(x: Array, dims: str) -> Array:
     """`x` in the layout of an activation named `dims`."""
     return jax.sharding.reshard(x, activation(dims)) if active() else x
+
+
+def zeros(like: Any) -> Array:
+    """Zeros of the shape, dtype and layout of `like`, an array's type from `jax.eval_shape`."""
+    return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding.spec if active() else None)
 
 
 def rows_of(x: Array, source_B: Array) -> Array:

@@ -1,6 +1,22 @@
 """GLM-4.5 in miniature: every part of the model and of both pre-training stages, on two CPU cores."""
 
-from glm_jax.config import Data, Loop, Mesh, Model, Optim, Run, Schedule, Stage, replace
+from glm_jax.config import (
+    GRPO,
+    SFT,
+    Data,
+    Evaluation,
+    Expert,
+    Loop,
+    Mesh,
+    Model,
+    Optim,
+    Posttrain,
+    Run,
+    Schedule,
+    Stage,
+    Unify,
+    replace,
+)  # fmt: skip
 
 
 def tiny() -> Run:
@@ -32,6 +48,35 @@ def tiny() -> Run:
         data=Data(),
         mesh=Mesh(),
         loop=Loop(eval_bytes=100_000),
+        post=posttrain(),
+    )  # fmt: skip
+
+
+def posttrain() -> Posttrain:
+    """Three experts and their unification, on tasks that fit a hundred tokens (agent: six hundred)."""
+    muon = Optim(ns_dtype="float32")
+    sft = SFT(
+        dialogues=1600, held_out=128, epochs=6, seq_len=1024, microbatch_rows=1, batch_rows=1, peak_lr=8e-3, final_lr=4e-4,
+        optim=muon,
+    )  # fmt: skip
+    grpo = GRPO(
+        steps=50, levels=(1, 2), groups=16, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=1024, microbatch_rows=2,
+        peak_lr=2e-3, warmup_steps=3, hard_share=0.2, hard_attempts=32, hard_pool=32,
+        optim=Optim(ns_dtype="float32", weight_decay=0.0),
+    )  # fmt: skip
+    chat = replace(grpo, max_new_tokens=80, max_tokens=144)
+    agent = replace(grpo, max_new_tokens=64, max_tokens=576)
+    return Posttrain(
+        experts=(
+            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
+            Expert("agent", sft=replace(sft, dialogues=240, epochs=5), sft_levels=(1, 2), grpo=agent),
+            Expert("chat", sft=replace(sft, dialogues=800, epochs=4), sft_levels=(1, 2), grpo=chat),
+        ),
+        unify=Unify(
+            prompts=512, answers=2, sft=replace(sft, dialogues=1, epochs=5),
+            grpo=replace(agent, steps=15, thinking_share=0.5, hard_share=0.0, max_new_tokens=80, max_tokens=592),
+        ),
+        evaluation=Evaluation(tasks=256, answers=2),
     )  # fmt: skip
 
 

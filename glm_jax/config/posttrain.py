@@ -53,7 +53,8 @@ class GRPO:
     thinking_share: float = 1.0  # of the tasks; the others are answered directly
     temperature: float = 1.0
     max_new_tokens: int = 65_536  # of a turn: one stage at 64K, no ladder
-    seq_len: int = 131_072
+    max_tokens: int = 131_072  # of an answer: the prompt and all turns
+    seq_len: int = 131_072  # of the rows that answers are trained in
     microbatch_rows: int = 8
     peak_lr: float = 1e-6  # constant after the warm-up
     warmup_steps: int = 0
@@ -72,6 +73,11 @@ class GRPO:
         for name in ("steps", "groups", "rounds", "max_new_tokens", "microbatch_rows", "updates", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.group_size >= 2, f"group_size={self.group_size}: a baseline needs at least 2 answers")
+        require(
+            self.max_new_tokens < self.max_tokens <= self.seq_len,
+            f"max_tokens={self.max_tokens} must lie above max_new_tokens={self.max_new_tokens} and within "
+            f"seq_len={self.seq_len}: an answer has a prompt, and fits a row",
+        )
         require(bool(self.levels), "levels is empty; name at least one level of the environment")
         require(self.oversample >= 1, f"oversample={self.oversample} must be at least 1")
         require(

@@ -8,7 +8,7 @@ LOAD_STEPS = 50  # last steps whose expert counts are summed
 MOST_EXPERT_LOAD, MOST_SECONDS, MOST_GB = 1.5, 720, 4
 MOST_SECONDS_WITH_POSTTRAINING = 25 * 60
 LEAST_SFT, MOST_SFT = 0.2, 0.75  # an expert's score before RL: neither hopeless nor done
-LEAST_GAIN, ERRORS, MORE_SFT_SHARE = 0.15, 2, 0.5  # of RL; its standard errors; what more SFT may gain of it
+LEAST_GAIN, ERRORS, HALF = 0.15, 2, 0.5  # of RL; its standard errors; what more SFT may gain of it
 LEAST_RATIO, LEAST_WELLFORMED = 0.9, 0.98
 MOST_MISMATCH = {"mean": 5e-6, "max": 5e-5, "k3": 1e-10}  # sampler against trainer in float32
 
@@ -46,30 +46,33 @@ def pretraining(found: dict[str, Any], *, with_posttraining: bool) -> list[dict[
     return _judged(bars)
 
 
-def posttraining(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bars of the experts, the unified model and the RL logs; none where report.json has nothing of them."""
-    experts = found.get("experts", [])
+def experts(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bars of the experts; none where report.json has none."""
+    rows = found.get("experts", [])
     bars = []
-    if experts:
-        bars.append(Bar("SFT score of the weakest expert", min(e["sft"] for e in experts), "at_least", LEAST_SFT))
-        bars.append(Bar("SFT score of the strongest expert", max(e["sft"] for e in experts), "at_most", MOST_SFT))
-    for expert in experts:
-        who = f"{expert['domain']}, level {expert['level']}"
-        bars.append(Bar(f"{who}: RL's gain over SFT", expert["gain"], "at_least", LEAST_GAIN))
-        errors = f"{who}: RL's gain over SFT, above two standard errors"
-        bars.append(Bar(errors, expert["gain"], "above", ERRORS * expert["stderr"]))
-        more = f"{who}: gain of as much more SFT, below half of RL's"
-        bars.append(Bar(more, expert["more_sft_gain"], "below", MORE_SFT_SHARE * expert["gain"]))
-    for domain, unified in found.get("unified", {}).items():
-        bars.append(Bar(f"unified, {domain}: share of the expert's score", unified["ratio"], "at_least", LEAST_RATIO))
-        bars.append(Bar(f"unified, {domain}: score, above the expert's SFT", unified["score"], "above", unified["sft"]))
+    if rows:
+        bars.append(Bar("SFT score of the weakest expert", min(row["sft"] for row in rows), "at_least", LEAST_SFT))
+        bars.append(Bar("SFT score of the strongest expert", max(row["sft"] for row in rows), "at_most", MOST_SFT))
+    for row in rows:
+        who = f"{row['domain']}, level {row['level']}"
+        least = max(LEAST_GAIN, ERRORS * row["stderr"])
+        bars.append(Bar(f"{who}: gain of RL, {LEAST_GAIN} and two errors", row["gain"], "at_least", least))
+        bars.append(Bar(f"{who}: gain of more SFT, half of RL's", row["more_sft_gain"], "below", HALF * row["gain"]))
+    return _judged(bars)
+
+
+def unified(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bars of the unified model and the RL logs; none where report.json has nothing of them."""
+    bars = []
+    for domain, row in found.get("unified", {}).items():
+        bars.append(Bar(f"{domain}: unified over the expert's score", row["ratio"], "at_least", LEAST_RATIO))
+        bars.append(Bar(f"{domain}: unified, above the expert's SFT", row["score"], "above", row["sft"]))
     for mode, share in found.get(
         "wellformed", {}
     ).items():  # a thought in direct mode is not, nor is its lack in the other
-        bars.append(Bar(f"unified, {mode}: well-formed answers", share, "at_least", LEAST_WELLFORMED))
+        bars.append(Bar(f"{mode}: well-formed answers", share, "at_least", LEAST_WELLFORMED))
     for name, value in found.get("mismatch", {}).items():
-        what = f"log-probabilities, sampler against trainer: {name} of the worst RL step"
-        bars.append(Bar(what, value, "at_most", MOST_MISMATCH[name]))
+        bars.append(Bar(f"sampler against trainer: {name} of the worst RL step", value, "at_most", MOST_MISMATCH[name]))
     return _judged(bars)
 
 

@@ -19,7 +19,7 @@ from glm_jax.train import checkpoint, metrics
 from glm_jax.train.loop import RESULT_FILE
 
 UNIFIED, REJECTION_FILE = "unified", "rejection.json"
-SFT, CONTROL, RL = "sft", "control", "rl"  # a stage's folder below its domain's
+SFT, CONTROL, RL = "sft", checkpoint.CONTROL, "rl"  # a stage's folder below its domain's
 MISMATCH = {"mean": "mismatch_mean", "max": "mismatch_max", "k3": "k3"}  # in the report: in the log
 
 

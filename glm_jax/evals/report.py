@@ -67,8 +67,16 @@ def collect(folder: Path, run: Run, told: Sequence[Told], story: Story) -> dict[
         "seconds": process.get("seconds", round(seconds, 1)),
         **posttraining.collect(run, story),
     }
-    first = bars.pretraining(found, with_posttraining=bool(run.post.experts))
-    return {**found, "bars": first + bars.posttraining(found)}
+    return {**found, "bars": [bar for judged in _bars(found, run).values() for bar in judged]}
+
+
+def _bars(found: dict[str, Any], run: Run) -> dict[str, list[dict[str, Any]]]:
+    """By part of the story."""
+    return {
+        "pretraining": bars.pretraining(found, with_posttraining=bool(run.post.experts)),
+        "experts": bars.experts(found),
+        "unified": bars.unified(found),
+    }
 
 
 def parameters(cfg: config.Model) -> tuple[int, int]:
@@ -151,7 +159,7 @@ def _told_experts(found: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        f"{'expert':<12}{'level':>6}{'SFT':>8}{'more SFT':>10}{'RL':>8}   gain of RL{'':<8}{'tasks':>7}{'unified':>9}",
+        f"{'domain':<12}{'level':>6}{'SFT':>8}{'more SFT':>10}{'RL':>8}   gain of RL{'':<8}{'tasks':>7}{'unified':>9}",
     ]
     level = experts[0]["level"]
     for row in experts:
@@ -179,7 +187,7 @@ def render(found: dict[str, Any], run: Run, told: Sequence[Told], story: Story, 
         settings=_settings(run, found["changes"]),
         layers=figures.layer_names(run),
         load_steps=LOAD_STEPS,
-        bars=[(bar, *bars.rule_and_bound(bar)) for bar in found["bars"]],
+        bars={part: [(bar, *bars.rule_and_bound(bar)) for bar in judged] for part, judged in _bars(found, run).items()},
         story=_story(run, story) if story.trained or story.scores else None,
     )
 
@@ -192,7 +200,7 @@ def _story(run: Run, story: Story) -> dict[str, Any]:
         "runs": posttraining.rl_runs(story),
         "dialogues": posttraining.dialogues(run, story),
         "rejection": story.rejection,
-        "final": story.final,
+        "level": run.post.evaluation.level,
     }
 
 

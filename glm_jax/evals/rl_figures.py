@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from glm_jax.evals import scores
 from glm_jax.evals.bars import MOST_MISMATCH
@@ -26,6 +27,7 @@ def curves(story: Story) -> dict[str, str]:
         if rl:
             plots: dict[str, tuple[str, Callable[[Axes], None]]] = {
                 "reward": ("Mean reward of all sampled answers", lambda ax: _reward(ax, rl, story)),
+                "varying": ("Share of groups whose rewards differ", lambda ax: _varying(ax, rl, story)),
                 "length": ("Tokens that the model draws for an answer", lambda ax: _lines(ax, rl, story, "length")),
                 "entropy": (
                     "Entropy, nats per drawn token", lambda ax: _lines(ax, rl, story, "entropy", learning=True),
@@ -59,20 +61,33 @@ def _colour(each: Trained, story: Story) -> str:
 
 
 def _label(each: Trained) -> str:
-    return each.domain if each.name in (SFT, RL) else f"{each.domain}, {each.name}"
+    """A run's name in a legend; further rounds of an expert keep their folders' names."""
+    more = {SFT: "", RL: "", CONTROL: ", more SFT"}
+    return each.domain + more.get(each.name, f", {each.name}")
 
 
 def _lines(ax: Axes, rl: Sequence[Trained], story: Story, field: str, *, learning: bool = False) -> None:
     """Every step faintly, an average on top; `learning`: only the steps in which there was something to learn."""
     for each in rl:
         steps = [step for step in each.steps if step["groups_trained"] or not learning]
-        if not steps:
-            continue
-        x, y = (np.array([step[name] for step in steps], float) for name in ("step", field))
-        colour = _colour(each, story)
-        ax.plot(*thin(x, y), color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(*thin(x, average(y, max(1, len(y) // 30))), color=colour, label=_label(each))
+        _smoothed(ax, each, story, steps, np.array([step[field] for step in steps], float))
     ax.set_ylim(bottom=0)
+    ax.legend(ncols=2)
+
+
+def _smoothed(ax: Axes, each: Trained, story: Story, steps: Sequence[dict[str, Any]], values: np.ndarray) -> None:
+    if steps:
+        x, colour = np.array([step["step"] for step in steps], float), _colour(each, story)
+        ax.plot(*thin(x, values), color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(*thin(x, average(values, max(1, len(values) // 30))), color=colour, label=_label(each))
+
+
+def _varying(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
+    """What the curriculum is for: groups that teach something, of all that were sampled."""
+    for each in rl:
+        shares = np.array([step["groups_varying"] / step["groups"] for step in each.steps])
+        _smoothed(ax, each, story, each.steps, shares)
+    ax.set_ylim(0, 1)
     ax.legend(ncols=2)
 
 
@@ -88,12 +103,15 @@ def _reward(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
 
 def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
     """Means drawn through, greatest values dashed, and the two bounds."""
+    least = MOST_MISMATCH["mean"]
     for each in rl:
         steps = [step for step in each.steps if step["groups_trained"]]
+        if not steps:
+            continue
         x = np.array([step["step"] for step in steps], float)
         for field, style in (("mismatch_mean", "-"), ("mismatch_max", (0, (4, 2)))):
             y = np.maximum([step[field] for step in steps], LEAST_MISMATCH)
-            label = _label(each) if style == "-" else None
+            least, label = min(least, *y), _label(each) if style == "-" else None
             ax.plot(*thin(x, y), color=_colour(each, story), linewidth=1, linestyle=style, label=label)
     ax.set_yscale("log")
     for name in ("mean", "max"):
@@ -102,7 +120,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
             1, MOST_MISMATCH[name], f"bound of the {name}", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
             fontsize=7.5, color=MUTED,
         )  # fmt: skip
-    ax.set_ylim(top=4 * MOST_MISMATCH["max"])
+    ax.set_ylim(least / 10, 4 * MOST_MISMATCH["max"])  # room for the legend below
     ax.legend(ncols=2, loc="lower right")
 
 
@@ -125,19 +143,23 @@ def _validation(ax: Axes, tuned: Sequence[Trained], story: Story) -> None:
 def _bought(story: Story) -> str:
     """Bars with standard errors: each domain after SFT, as much more SFT, RL, and of the unified model in both modes."""
     rows = _bars_of(story)
-    series = list(dict.fromkeys(name for bars in rows.values() for name in bars))
+    series = list(dict.fromkeys(name for found in rows.values() for name in found))
     figure = Figure(figsize=(11.2, 3.2), layout="constrained")
     ax = figure.subplots()
-    width = 0.84 / len(series)
-    for i, name in enumerate(series):
-        at = [place + (i - (len(series) - 1) / 2) * width for place, bars in enumerate(rows.values()) if name in bars]
-        values, errors = zip(*(bars[name] for bars in rows.values() if name in bars), strict=True)
-        ax.bar(at, values, width * 0.92, yerr=errors, color=COLOURS[i], label=name, ecolor=MUTED, error_kw={"lw": 1})
-    ax.set_xticks(range(len(rows)), list(rows))
+    begin, middles = 0.0, []
+    for found in rows.values():
+        for i, (name, (value, error)) in enumerate(found.items()):
+            ax.bar(
+                begin + i, value, 0.92, yerr=error, color=COLOURS[series.index(name)], ecolor=MUTED, error_kw={"lw": 1}
+            )
+        middles.append(begin + (len(found) - 1) / 2)
+        begin += len(found) + 1
+    ax.set_xticks(middles, list(rows))
     ax.tick_params(axis="x", labelcolor=INK)
     ax.grid(visible=False, axis="x")
     ax.set_ylim(0, 1)
-    ax.legend(ncols=len(series), loc="upper right")
+    keys = [Patch(color=COLOURS[i], label=name) for i, name in enumerate(series)]
+    ax.legend(handles=keys, ncols=len(series), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     title = "Share of held-out tasks solved, and its standard error"
     ax.set_title(title, pad=8)
     return svg(figure, title)

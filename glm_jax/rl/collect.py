@@ -76,7 +76,7 @@ def sample_groups(
     repeated = [task for task in tasks for _ in range(size)]
     modes = [share(i, settings.thinking_share) for i in range(len(tasks)) for _ in range(size)]
     how = Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens, seed=seed)
-    samples = sample_all(policy, repeated, how, settings.seq_len, first_uid, thinking=modes)
+    samples = sample_all(policy, repeated, how, settings.max_tokens, first_uid, thinking=modes)
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 

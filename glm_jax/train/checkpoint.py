@@ -17,6 +17,7 @@ from glm_jax.train import state
 from glm_jax.train.state import State
 
 RUN_FILE = "run.json"
+CONTROL = "control"  # name of a stage folder that is only compared with: never the latest of a run
 
 
 class Checkpoints:
@@ -96,7 +97,8 @@ def stage_folder(path: Path) -> Path:
     """The stage folder that `path` means: itself, or the latest stage with a checkpoint inside a run's folder."""
     if (path / RUN_FILE).exists():
         return path
-    stages = [child.parent for child in path.glob(f"*/{RUN_FILE}") if committed(child.parent)]
+    folders = [child.parent for child in path.glob(f"*/{RUN_FILE}") if child.parent.name != CONTROL]
+    stages = [folder for folder in folders if committed(folder)]
     if not stages:
         raise ConfigError(
             f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"

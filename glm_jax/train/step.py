@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from glm_jax import config, losses, model
+from glm_jax import config, losses, mesh, model
 from glm_jax.optim.balance import balance
 from glm_jax.train.state import State
 
@@ -116,9 +116,10 @@ def train_step(
 
     if batch["ids"].shape[0] == 1:
         grads, metrics = microbatch(0)
-    else:
+    else:  # from zeros, so that a microbatch's program is compiled once
+        nothing = jax.tree.map(mesh.zeros, jax.eval_shape(microbatch, 0))
         grads, metrics = jax.lax.fori_loop(
-            1, knobs.microbatches, lambda i, total: jax.tree.map_with_path(_merge, total, microbatch(i)), microbatch(0)
+            0, knobs.microbatches, lambda i, total: jax.tree.map_with_path(_merge, total, microbatch(i)), nothing
         )
     directions, opt = tx.update(grads, state.opt, state.params)  # pyright: ignore[reportArgumentType] (as in state.py)
     params = jax.tree.map(lambda p, d: p - knobs.lr.astype(p.dtype) * d, state.params, directions)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from experiments import cli, recipes
+from experiments import cli, evaluate, recipes
 from glm_jax.config import ConfigError, Run, diff
 
 
@@ -76,6 +76,16 @@ def test_the_run_of_a_folder_is_the_start(tmp_path):
 
 def test_a_script_without_a_recipe():
     assert cli.parse(plain, ["--out", "x"]) == (Args(out=Path("x")),)
+
+
+def test_options_of_the_evaluation(capsys):
+    argv = ["--checkpoint", "x", "--domain", "agent", "chat", "--level", "1", "2", "--mode", "direct", "--tasks", "8"]
+    expected = {"domain": ("agent", "chat"), "level": (1, 2), "mode": ("direct",), "tasks": 8}
+    assert cli.parse(evaluate.main, argv) == (evaluate.Args(Path("x"), **expected),)
+    with pytest.raises(SystemExit) as left:
+        cli.parse(evaluate.main, ["--checkpoint", "x", "--mode", "quick"])
+    assert left.value.code == cli.USER_ERROR
+    assert "invalid choice" in capsys.readouterr().err
 
 
 def test_an_unknown_recipe_offers_the_nearest():

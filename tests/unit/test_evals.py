@@ -80,10 +80,10 @@ def test_a_mesh_changes_nothing(cfg, weights, tokenizer):
 
 
 def test_one_compilation_per_length(cfg, weights, tokenizer):
-    bpb._nll.clear_cache()
+    bpb.negative_log_likelihood.clear_cache()
     for texts in (TEXTS, TEXTS[:2], TEXTS[::-1]):
         bpb.bits(cfg, *weights, bpb.cut(texts, tokenizer, seq_len=32, rows=2))
-    assert bpb._nll._cache_size() == 1
+    assert bpb.negative_log_likelihood._cache_size() == 1
 
 
 def test_excerpts_fill_the_budget_without_one_text_taking_it():

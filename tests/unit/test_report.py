@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import quickstart, recipes
-from glm_jax.config import ConfigError, Run, replace
+from glm_jax.config import ConfigError, Expert, Posttrain, Run, replace
 from glm_jax.data.prepare import settings
-from glm_jax.evals import report
+from glm_jax.envs import get
+from glm_jax.evals import bars, posttraining, report, scores
 from glm_jax.evals.told import SAMPLES_FILE, read
 from glm_jax.optim import steps
 from glm_jax.train import checkpoint
@@ -95,6 +96,71 @@ def finish(folder: Path, run: Run) -> None:
         checkpoint.write_json(folder / stage.name / SAMPLES_FILE, described)
 
 
+SOLVED = {  # checkpoint -> domain -> how many of 3 answers to each of 4 tasks are right; "direct" of the unified model
+    **{f"{domain}-{name}": {domain: solved} for domain in ("reasoning", "agent") for name, solved in (
+        ("sft", (0, 1, 2, 1)), ("control", (1, 1, 2, 1)), ("rl", (2, 3, 3, 2)),
+    )},
+    "unified-sft": {"reasoning": (2, 2, 2, 2), "agent": (2, 2, 2, 2)},
+    "unified-rl": {"reasoning": (3, 3, 3, 3), "agent": (0, 1, 1, 1)},
+}  # fmt: skip
+
+
+def post_train(folder: Path) -> None:
+    """What SFT, RL, unification and evaluation leave behind, with scores of `SOLVED`."""
+    for number, (domain, name) in enumerate((d, n) for d in ("reasoning", "agent", "unified") for n in ("sft", "rl")):
+        out = folder / domain / name
+        checkpoint.write_json(out / RESULT_FILE, {"name": name, "seconds": 50.0 + number})
+        log = _rl_log(number) if name == "rl" else _sft_log(2.0)
+        (out / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    (folder / "agent" / "control").mkdir()
+    (folder / "agent" / "control" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in _sft_log(1.0)))
+    for name, domains in SOLVED.items():
+        for domain, solved in domains.items():
+            levels = (1, 2) if domain == "reasoning" and not name.startswith("unified") else (1,)
+            for level in levels:
+                _write_score(folder, name, domain, level, "thinking", solved)
+            if name.startswith("unified"):
+                _write_score(folder, name, domain, 1, "direct", (1, 1, 1, 1))
+    row = {"asked": 10, "answers": 40, "accepted": 30, "reasons": {"accepted": 30, "wrong": 6, "<repeated>": 4}}
+    checkpoint.write_json(folder / "unified" / posttraining.REJECTION_FILE, {"reasoning": row})
+
+
+def _sft_log(first: float) -> list[dict]:
+    whens = ("start", "during", "end")
+    losses = [{"loss": {"dialogues": first / (1 + i)}, "step": 40 * i, "when": w} for i, w in enumerate(whens)]
+    return [{"kind": "eval", **record} for record in losses]
+
+
+def _rl_log(number: int) -> list[dict]:
+    """Thirty steps; the mismatch grows with `number`, and step 5 had nothing to learn from."""
+    rng, log = np.random.default_rng(number), []
+    for i in range(30):
+        told = {"reward": 0.3 + 0.015 * i, "length": 40 + rng.normal(), "sampled_tokens": 1000, "groups": 8}
+        told |= {"groups_varying": 5, "groups_trained": 0 if i == 5 else 4, "rounds": 1, "reasons": {"solved": 3}}
+        learnt = {"loss": 0.1, "lr": 1e-3, "entropy": 0.5 - 0.01 * i, "seconds": 2.0 * i}
+        learnt |= {"mismatch_mean": 1e-7 * (number + 1), "mismatch_max": 1e-6 * (number + 1), "k3": 1e-12}
+        log.append({"kind": "step", "step": i + 1, **told, **learnt, **({} if i == 5 else {"clipped": 0.02})})
+    return [*log[:20], {"kind": "curriculum", "step": 20, "unsolved": 9, "probed": 99, "kept": 4}, *log[20:]]
+
+
+def _write_score(folder: Path, name: str, domain: str, level: int, mode: str, solved: tuple[int, ...]) -> None:
+    env = get(domain)
+    tasks = [env.task(seed, level) for seed in range(len(solved))]
+    rows = [
+        {"seed": task.seed, "kind": task.kind, "rewards": [1.0] * n + [0.0] * (3 - n)}
+        for task, n in zip(tasks, solved, strict=True)
+    ]
+    samples = [
+        {"kind": t.kind, "tools": t.tools and list(t.tools), "reward": reward, "reason": reason,
+         "messages": [*t.messages, *env.solve(t, mode == "thinking")]}
+        for t, reward, reason in ((tasks[0], 0.0, "wrong"), (tasks[1], 1.0, "solved"))
+    ]  # fmt: skip
+    score = {"checkpoint": name, "domain": domain, "level": level, "mode": mode, "answers": 3, "temperature": 1.0}
+    shares = {"wellformed": 0.99 if domain == "agent" else 1.0, "thought": float(mode == "thinking"), "length": 40.0}
+    score |= {"tasks": rows, "reasons": {"solved": sum(solved)}, **shares, "samples": samples}
+    checkpoint.write_json(folder / scores.FOLDER / f"{scores.name(score)}.json", score)
+
+
 class _Page(HTMLParser):
     """Text and every address that a browser would fetch."""
 
@@ -112,7 +178,8 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    return recipes.get("smoke")
+    """Without post-training."""
+    return replace(recipes.get("smoke"), **{"post": Posttrain()})
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +267,99 @@ def test_quickstart_refuses_the_folder_of_another_run(folder, run):
     other = replace(run, **{"schedule.peak_lr": 0.02})
     with pytest.raises(ConfigError, match=r"schedule.peak_lr 0.01 there, 0.02 now; give another --out"):
         quickstart.main(quickstart.Args(out=folder), other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, run) -> tuple[Path, dict]:
+    """(folder, report.json) of a run with two experts and a unified model."""
+    run = replace(run, **{"post.experts": (Expert("reasoning"), Expert("agent"))})
+    folder = a_run_folder(tmp_path_factory.mktemp("whole"), run)
+    finish(folder, run)
+    post_train(folder)
+    return folder, report.write(folder)
+
+
+def test_json_has_what_post_training_bought(whole, found):
+    folder, after = whole
+    assert json.loads((folder / report.JSON_FILE).read_text()) == after
+    added = {"scores", "experts", "unified", "wellformed", "thought", "mismatch"}
+    assert after.keys() - found.keys() == added and not added & found.keys()
+    # sft: thirds 0 1 2 1, mean 1/3; rl: 2 3 3 2; so differences of 2 2 1 1 thirds, mean 1/2
+    error = float(np.std([2 / 3, 2 / 3, 1 / 3, 1 / 3], ddof=1) / 2)
+    expected = {"sft": 1 / 3, "rl": 5 / 6, "more_sft": 5 / 12, "gain": 1 / 2, "stderr": error, "n": 4}
+    for row, (domain, level) in zip(after["experts"], (("reasoning", 1), ("reasoning", 2), ("agent", 1)), strict=True):
+        assert (row["domain"], row["level"]) == (domain, level)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+        assert row["more_sft_gain"] == pytest.approx(1 / 12, abs=1e-5)
+    assert after["unified"]["reasoning"] == pytest.approx({"score": 1, "ratio": 1.2, "sft": 1 / 3}, abs=1e-5)
+    assert after["unified"]["agent"] == pytest.approx({"score": 0.25, "ratio": 0.3, "sft": 1 / 3}, abs=1e-5)
+    assert after["wellformed"] == {"thinking": 0.995, "direct": 0.995}
+    assert after["thought"] == {"thinking": 1, "direct": 0}
+    assert after["mismatch"] == {"mean": 6e-7, "max": pytest.approx(6e-6), "k3": 1e-12}
+    table = {(row["checkpoint"], row["domain"], row["level"], row["mode"]): row["score"] for row in after["scores"]}
+    assert len(table) == 17 and table["unified-sft", "agent", 1, "direct"] == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_bars_of_post_training_have_directions(whole, found):
+    bars_of = {bar["what"]: bar for bar in whole[1]["bars"]}
+    gain = bars_of["reasoning, level 1: gain of RL, 0.15 and two errors"]
+    error = whole[1]["experts"][0]["stderr"]
+    assert gain == {"what": gain["what"], "value": 0.5, "at_least": 2 * error, "met": True} and error > 0.075
+    more = bars_of["agent, level 1: gain of more SFT, half of RL's"]
+    assert (more["below"], more["met"]) == (0.25, True)
+    missed = {what for what, bar in bars_of.items() if not bar["met"]}
+    assert missed == {
+        "agent: unified over the expert's score", "agent: unified, above the expert's SFT",
+    }  # fmt: skip
+    assert (bars_of["seconds in all"]["below"], found["bars"][-2]["below"]) == (1500, 720)
+    assert bars_of["sampler against trainer: k3 of the worst RL step"]["at_most"] == 1e-10
+    summary = report.summary(whole[1])
+    assert all(what in summary for what in bars_of) and "at least 0.98" in summary and "+0.500 ± 0.096" in summary
+
+
+@pytest.mark.parametrize(
+    ("rule", "below", "equal", "above"),
+    [("below", True, False, False), ("at_most", True, True, False), ("at_least", False, True, True), ("above", False, False, True)],
+)  # fmt: skip
+def test_a_bar_is_met_on_its_side(rule, below, equal, above):
+    judged = bars._judged([bars.Bar("x", value, rule, 2.0) for value in (1.0, 2.0, 3.0, None)])
+    assert [bar["met"] for bar in judged] == [below, equal, above]
+    assert bars.rule_and_bound(judged[0]) == (rule.replace("_", " "), 2.0)
+
+
+def test_page_shows_post_training(whole):
+    folder, after = whole
+    page = _Page()
+    html = (folder / report.HTML_FILE).read_text()
+    page.feed(html)
+    assert all(page.tags.count(tag) == html.count(f"</{tag}>") for tag in ("div", "table", "tr", "td", "pre", "span"))
+    assert all(address.startswith(("#", "data:")) for address in page.fetched)
+    assert page.tags.count("svg") == 9 + 7 and "script" not in page.tags
+    text = " ".join(page.text.split())
+    for told in (
+        "unified-sft", "0.833 ± 0.096", "+0.500 ± 0.096", "wrong 15.0 %, <repeated> 10.0 %", "75.0 %",
+        "4 of 9", "agent, thinking · unified-rl · solved",
+        'find(item="', "reasoning, direct", "at least0.9",
+    ):  # fmt: skip
+        assert told in text
+    task = get("agent").task(1, 1)
+    turns = get("agent").solve(task)
+    assert task.messages[-1]["content"] in text and turns[0]["reasoning_content"] in text
+    assert after["unified"]["agent"]["ratio"] == 0.3 and "30.0 %" in text
+
+
+def test_half_a_post_training_still_has_a_report(tmp_path, run):
+    run = replace(run, **{"post.experts": (Expert("reasoning"), Expert("agent"))})
+    folder = a_run_folder(tmp_path, run)
+    assert "experts" not in report.write(folder)
+    post_train(folder)
+    for gone in ("unified-rl.agent.1.thinking", "reasoning-sft.reasoning.1.thinking", "agent-control.agent.1.thinking"):
+        (folder / scores.FOLDER / f"{gone}.json").unlink()
+    (folder / "unified" / posttraining.REJECTION_FILE).unlink()
+    (folder / "unified" / "rl" / "log.jsonl").write_text("")
+    after = report.write(folder)
+    assert [(row["domain"], row["level"], row["more_sft"] is None) for row in after["experts"]] == [
+        ("reasoning", 2, False), ("agent", 1, True)
+    ]  # fmt: skip
+    assert "unified" not in after and after["mismatch"]["mean"] == 4e-7
+    assert report.summary(after)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def weights(tokenizer):
     )
     embed_VD, head_DV = np.array(params.embed_VD), np.array(params.head_DV)
     places = [[_id(tokenizer, word) for word in ([words] if isinstance(words, str) else words)] for words in SCRIPT]
-    for place, (now, then) in enumerate(zip(places[:-1], places[1:], strict=True)):
+    for place, (now, then) in enumerate(pairwise(places)):
         embed_VD[now] = 3 * np.eye(CFG.D)[place]
         head_DV[place, then] += SURE
     params = dataclasses.replace(params, embed_VD=jnp.asarray(embed_VD), head_DV=jnp.asarray(head_DV))

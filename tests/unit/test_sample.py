@@ -142,3 +142,108 @@ def test_mistakes_are_explained(weights, prompts, changes, message):
 
 def test_no_prompts_no_completions(weights):
     assert generate(CFG, *weights, [], settings=Sampling()) == []
+
+
+# ---- sessions: rows continued in turns
+
+GREEDY = Sampling(temperature=0, max_new_tokens=6)
+DRAWN = Sampling(temperature=1.0, max_new_tokens=6, seed=5)
+TURNS = [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]], [[20, 21], [22, 23, 24, 25, 26], [27], [28]]]
+
+
+def began(weights, uids=range(4), tokens=48):
+    return engine.Session(CFG, *weights, uids, tokens)
+
+
+def test_two_turns_equal_the_whole_forward_over_all_that_was_read_and_said(weights):
+    session, rows = began(weights), [[] for _ in range(4)]
+    logits = jax.jit(lambda ids_BT: model.forward(CFG, *weights, ids_BT)[0])
+    for given in TURNS:
+        done = session.turn(given, GREEDY)
+        for row, ids, completion in zip(rows, given, done, strict=True):
+            row += [*ids, *completion.ids]
+        padded_BT = np.zeros((4, 32), np.int32)
+        for row, ids in enumerate(rows):
+            padded_BT[row, : len(ids)] = ids
+        logp_BTV = jax.nn.log_softmax(logits(padded_BT))
+        for row, (ids, completion) in enumerate(zip(rows, done, strict=True)):
+            logp_TV = logp_BTV[row, len(ids) - len(completion.ids) - 1 : len(ids) - 1]
+            assert completion.ids == logp_TV.argmax(-1).tolist()
+            np.testing.assert_allclose(completion.logprobs, logp_TV.max(-1), atol=1e-4)
+
+
+def test_turns_draw_what_one_prompt_of_all_their_tokens_draws(weights):
+    """Draws hang on (seed, uid, position): a stop token that is read in the next turn counts as any other."""
+    free = began(weights).turn(TURNS[0], DRAWN)
+    stops = {completion.ids[2] for completion in free}
+    stopping = Sampling(temperature=1.0, max_new_tokens=6, seed=5, stop_ids=tuple(stops))
+    session = began(weights)
+    first = session.turn(TURNS[0], stopping)
+    second = session.turn(TURNS[1], DRAWN)
+    assert {completion.finish for completion in first} >= {"stop"}
+    texts = [[*a, *said.ids, *b] for a, said, b in zip(TURNS[0], first, TURNS[1], strict=True)]
+    for completion, again in zip(second, began(weights).turn(texts, DRAWN), strict=True):
+        assert completion.ids == again.ids
+        np.testing.assert_allclose(completion.logprobs, again.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_row_that_rests_goes_on_as_if_it_had_not(weights, when):
+    """In a first turn with rows that begin alike too, which are read once."""
+    texts = [[1, 2, 3], [1, 2, 3], [1, 2, 3], [11, 12]]
+    turns = [texts, [[20], [21, 22], [23], [24, 25, 26]], [[30], [31], [32], [33, 34]]]
+    expected = [[] for _ in range(4)]
+    session = began(weights)
+    for given in turns:
+        for ids, completion in zip(expected, session.turn(given, DRAWN), strict=True):
+            ids.append(completion.ids)
+    resting, row = began(weights), 3
+    said = [[] for _ in range(4)]
+    late = iter([given[row] for given in turns])
+    for number, given in enumerate([*turns, [[]] * 4]):
+        now = [*given[:row], [] if number == when else next(late)]
+        done = resting.turn(now, DRAWN)
+        assert [completion is None for completion in done] == [not ids for ids in now]
+        for ids, completion in zip(said, done, strict=True):
+            ids += [completion.ids] if completion else []
+    assert said == expected
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_rows_that_begin_alike_are_read_once_and_draw_what_they_draw_alone(weights, settings):
+    texts, uids = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 3]], [9, 2, 7, 5]
+    session = began(weights, uids)
+    together = session.turn(texts, settings)
+    after = session.turn([[20], [21], [22], []], settings)
+    for row, (text, uid) in enumerate(zip(texts, uids, strict=True)):
+        single = began(weights, [uid])
+        (alone,) = single.turn([text], settings)
+        assert together[row].ids == alone.ids
+        np.testing.assert_allclose(together[row].logprobs, alone.logprobs, atol=1e-5)
+        if after[row]:
+            (alone,) = single.turn([[20 + row]], settings)
+            assert after[row].ids == alone.ids
+    if settings.temperature:
+        assert len({tuple(together[row].ids) for row in (0, 1, 3)}) == 3  # one text, three uids
+    else:
+        assert together[0].ids == together[1].ids == together[3].ids
+
+
+def test_draws_depend_on_the_seed(weights):
+    other = Sampling(temperature=1.0, max_new_tokens=6, seed=6)
+    ids = [[done.ids for done in began(weights).turn(TURNS[0], how)] for how in (DRAWN, other, DRAWN)]
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_row_that_could_outgrow_its_session_is_refused_and_nothing_has_happened(weights):
+    session = began(weights)
+    first = session.turn(TURNS[0], DRAWN)
+    message = r"row 0 holds 9 tokens; 34 more and max_new_tokens=6 exceed the session's 48; begin it with more"
+    with pytest.raises(ConfigError, match=message):
+        session.turn([[3] * 34, [], [], []], DRAWN)
+    with pytest.raises(ConfigError, match=r"prompt 1 has ids 40..40 outside the model's 0..39"):
+        session.turn([[], [40], [], []], DRAWN)
+    done = session.turn(TURNS[1], DRAWN)
+    other = began(weights)
+    assert [completion.ids for completion in other.turn(TURNS[0], DRAWN)] == [completion.ids for completion in first]
+    assert [completion.ids for completion in other.turn(TURNS[1], DRAWN)] == [completion.ids for completion in done]

@@ -25,7 +25,7 @@ from glm_jax.train.state import State
 
 V = 384
 CFG = Model(
-    V=V, D=V, L=2, dense_layers=1, N=2, K=1, H=8, F=16, M=8, E=4, A=2, max_positions=1024, rope_theta=1e4,
+    V=V, D=V, L=1, dense_layers=0, N=2, K=1, H=8, F=16, M=8, E=4, A=2, max_positions=1024, rope_theta=1e4,
     dtype="float32", remat="none", mtp_layers=0,
 )  # fmt: skip
 CERTAIN = 20.0  # logits differ by 20 sqrt(D)
@@ -53,14 +53,13 @@ def weights(tokenizer):
 
 @pytest.fixture(scope="module")
 def policy(weights, tokenizer):
-    return Policy(CFG, *weights, tokenizer)
+    params, router_bias_LE = weights
+    return Policy(CFG, params, router_bias_LE, tokenizer)
 
 
-def measured(policy, thinking=True, answers=8, **changes):
+def measured(policy, thinking=True, **changes):
     how = Sampling(**{"max_new_tokens": 8, "seed": 1, **changes})
-    return scores.measure(
-        policy, "reasoning", 1, tasks=24, answers=answers, how=how, tokens=512, thinking=thinking
-    )  # fmt: skip
+    return scores.measure(policy, "reasoning", 1, tasks=24, answers=8, how=how, tokens=256, thinking=thinking)
 
 
 def worth(task, content):
@@ -88,13 +87,13 @@ def test_every_answer_is_scored_with_its_own_task(policy):
 
 
 def test_direct_answers_have_no_thought(policy):
-    found = measured(policy, thinking=False, answers=1, temperature=0)
+    found = measured(policy, thinking=False, temperature=0)
     assert (found["mode"], found["wellformed"], found["thought"], found["length"]) == ("direct", 1, 0, 2)
 
 
 def test_answers_without_an_end_are_not_well_formed(policy):
-    found = measured(policy, answers=1, max_new_tokens=3)
-    assert found["reasons"] == {"too long": 24} and found["wellformed"] == 0
+    found = measured(policy, max_new_tokens=3)
+    assert found["reasons"] == {"too long": 192} and found["wellformed"] == 0
 
 
 def test_samples_are_whole_dialogues_right_and_wrong(policy):
@@ -150,14 +149,14 @@ def test_scores_of_other_tasks_cannot_be_compared():
 @pytest.fixture
 def folder(tmp_path, weights, tokenizer):
     """RUN/reasoning/rl as experiments.grpo leaves it."""
-    experts = tuple(Expert(d, grpo=GRPO(max_new_tokens=8, seq_len=512)) for d in ("reasoning", "chat"))
+    experts = tuple(Expert(d, grpo=GRPO(max_new_tokens=8, max_tokens=256, seq_len=256)) for d in ("reasoning", "chat"))
     stage = Stage("rl", 4096, 512, CFG.rope_theta, microbatch_rows=8)
     run = replace(
         recipes.get("smoke"),
         **{
             "model": CFG, "pretrain": (), "midtrain": (stage,), "schedule.batch_tokens": 4096,
             "schedule.batch_tokens_start": 4096, "post.experts": experts, "post.evaluation.tasks": 24,
-            "post.evaluation.answers": 2,
+            "post.evaluation.answers": 8,
         },
     )  # fmt: skip
     (tmp_path / "data").mkdir()
@@ -177,7 +176,7 @@ def test_a_checkpoint_is_scored_once(folder, policy):
     path = folder.parents[1] / "scores" / "reasoning-rl.reasoning.1.thinking.json"
     found = evaluate.score(folder, "reasoning", 1, True)
     assert checkpoint.read_json(path) == found
-    assert found["tasks"] == measured(policy, answers=2, seed=0)["tasks"] and found["checkpoint"] == "reasoning-rl"
+    assert found["tasks"] == measured(policy, seed=0)["tasks"] and found["checkpoint"] == "reasoning-rl"
     kept = {**found, "length": -1}
     checkpoint.write_json(path, kept)
     assert evaluate.score(folder, "reasoning", 1, True) == kept
@@ -202,7 +201,14 @@ def test_the_command_prints_scores_of_an_expert(folder, capsys, tmp_path):
         line = next(line for line in table.splitlines() if line.split()[:3] == ["reasoning", "1", mode])
         assert f"{row['pass@1']:.3f} ± {row['stderr']:.3f}" in line and f"{row['pass@2']:.3f}" in line
         assert row["pass@2"] >= row["pass@1"]
-    evaluate.main(evaluate.Args(folder, level=(2,), tasks=3, answers=3, out=out))
-    assert "pass@2    pass@3" in capsys.readouterr().out
+    evaluate.main(evaluate.Args(folder, level=(2,), tasks=3, answers=6, out=out))
+    assert "pass@2    pass@4    pass@6" in capsys.readouterr().out
     assert len(checkpoint.read_json(out)["scores"][0]["tasks"]) == 3
     assert sorted(path.name for path in (folder.parents[1] / "scores").iterdir()) == kept
+
+
+def test_documents_and_tasks_are_not_mixed_up(tmp_path):
+    run = replace(recipes.get("smoke"), **{"post.experts": (Expert("reasoning"),)})
+    checkpoint.save_run(tmp_path / "stage1", run, "stage1", tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"--domain, --tasks: .*stage1 is a pre-training stage"):
+        evaluate.main(evaluate.Args(tmp_path / "stage1", domain=("reasoning",), tasks=3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import recipes
-from glm_jax import config, mesh, model
+from glm_jax import config, losses, mesh, model
 from glm_jax.config import ConfigError
 from glm_jax.optim import optimizer
 from glm_jax.train import checkpoint, metrics, state
@@ -55,6 +55,54 @@ def test_the_balance_bias_moves_by_counts_alone_and_stops_at_rate_zero():
     np.testing.assert_allclose(moved.router_bias_LE, expected, atol=1e-8)
     frozen, _ = step(batch_of(2, 2), 2, bias_rate=0.0)
     np.testing.assert_array_equal(frozen.router_bias_LE, 0)
+
+
+# ---- the same step with a policy: GRPO
+
+
+def policy_batch(microbatches: int, rows: int) -> dict[str, np.ndarray]:
+    """No MTP targets; advantages of both signs, and log-probabilities of another model than the one that is trained."""
+    noise, shape = np.random.default_rng(2), (microbatches, rows, 8)
+    batch = {name: z for name, z in batch_of(microbatches, rows).items() if not name.startswith("mtp")}
+    old = -np.abs(noise.normal(4, 1, microbatches * rows * 8)).astype(np.float32).reshape(shape)
+    worth = np.repeat(noise.normal(size=microbatches * rows).astype(np.float32), 8).reshape(shape)
+    return batch | {"advantages": worth, "old_log_probs": np.where(batch["weights"], old, 0).astype(np.float32)}
+
+
+def policy_step(batch: dict[str, np.ndarray], now: state.State | None = None):
+    knobs = Knobs(*np.float32([1e-3, 0.0, 0.0]), microbatches=np.int32(len(batch["ids"])))
+    return train_step(now or state.create(CFG, TX, 0), batch, knobs, cfg=CFG, tx=TX, policy=losses.Policy())
+
+
+def test_a_policy_step_accumulates_and_measures_over_all_microbatches():
+    batch = policy_batch(1, 4)
+    moved, told = policy_step(batch)
+    _, told_cut = policy_step({name: z.reshape(2, 2, 8) for name, z in batch.items()})
+    for name in set(told) - {"load_LE"}:
+        np.testing.assert_allclose(told_cut[name], told[name], rtol=1e-5, atol=1e-7, err_msg=name)  # float32 sums
+    assert told["sampled_tokens"] == told["tokens"] == batch["weights"].sum()
+    far = np.abs(log_probs(batch) - batch["old_log_probs"])[batch["weights"] > 0]
+    np.testing.assert_allclose(told["mismatch_max"], far.max(), rtol=1e-5)
+    np.testing.assert_allclose(told["mismatch_sum"], far.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(moved.router_bias_LE, 0)  # frozen
+
+
+def log_probs(batch: dict[str, np.ndarray]) -> np.ndarray:
+    now = state.create(CFG, TX, 0)
+    logits, _ = model.forward(CFG, now.params, now.router_bias_LE, batch["ids"].reshape(-1, 8))
+    targets = batch["targets"].reshape(-1, 8, 1)
+    return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets, -1)[..., 0].reshape(batch["ids"].shape)
+
+
+def test_a_policy_step_makes_good_answers_likelier_and_bad_ones_less():
+    batch = policy_batch(1, 4)
+    batch["old_log_probs"] = np.where(batch["weights"] > 0, log_probs(batch), 0).astype(np.float32)
+    moved, told = policy_step(batch)
+    expected = -(batch["weights"] * batch["advantages"]).sum() / batch["weights"].sum()
+    np.testing.assert_allclose(told["loss"], expected, rtol=1e-4)  # the ratio is 1
+    assert told["clipped_sum"] == 0 and told["mismatch_max"] < 1e-5 and 0 <= told["k3_sum"] < 1e-8
+    _, after = policy_step(batch, moved)
+    assert after["loss"] < told["loss"] - 1e-3
 
 
 @pytest.fixture(scope="module")
