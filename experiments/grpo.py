@@ -189,7 +189,7 @@ class Learner:
         return {"loss": told["loss"], "lr": lr, "gradient_norm": told["gradient_norm"], **means}
 
     def begin_hard_stage(self, policy: "Policy", seed: int) -> None:
-        """From here on the problems with pass@k = 0 and pass@K > 0 alone, K answers to each; told if there are none."""
+        """From here on the problems with pass@k = 0 and pass@K > 0 alone, K answers to each; told if they are too few."""
         from glm_jax.rl import curriculum
         from glm_jax.rl.collect import sample_groups
 
@@ -199,13 +199,14 @@ class Learner:
         )
         pool = curriculum.hard(unsolved, [sum(s.reward > 0 for s in group) for group in groups]) if groups else []
         self.log.event("curriculum", self.step, unsolved=len(unsolved), probed=more * len(unsolved), kept=len(pool))
-        self.problems.pool = pool
-        if not pool:
-            print(
-                f"{self.out}: of {len(unsolved)} tasks with pass@{self.settings.group_size} = 0 none was solved in {more} "
-                "further attempts; going on with fresh tasks of moderate difficulty",
-                flush=True,
-            )
+        if len(pool) >= self.settings.groups:
+            self.problems.pool = pool
+            return
+        print(
+            f"{self.out}: of {len(unsolved)} tasks with pass@{self.settings.group_size} = 0, {len(pool)} were solved in {more} "
+            f"further attempts; fewer than a step's {self.settings.groups} would be learnt by heart: going on with fresh tasks",
+            flush=True,
+        )
 
     def save(self) -> None:
         meta = {

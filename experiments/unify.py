@@ -52,10 +52,13 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     for domain, count in counts.items():
         print(f"{domain}: {count['accepted']} of {count['answers']} answers accepted; {count['reasons']}", flush=True)
     empty = [domain for domain, count in counts.items() if not count["accepted"]]
-    if empty:
+    if len(empty) == len(counts):
         raise ConfigError(
-            f"no answer of {', '.join(empty)} was accepted; train the expert for longer, or raise post.unify.answers"
+            f"no answer of {', '.join(empty)} was accepted: there is nothing to teach; train the experts for longer, or "
+            "raise post.unify.prompts"
         )
+    if empty:
+        print(f"nothing was accepted of {', '.join(empty)}: the unified model is not taught it", flush=True)
     training, validation = split(accepted, run.post.unify.direct_share, run.post.unify.sft.held_out)
     return sft.train(run, run.post.unify.sft, training, validation, out, checkpoint.stage_folder(folder))
 

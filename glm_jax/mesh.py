@@ -135,7 +135,8 @@ def constrain(x: Array, dims: str) -> Array:
 
 def zeros(like: Any) -> Array:
     """Zeros of the shape, dtype and layout of `like`, an array's type from `jax.eval_shape`."""
-    return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding.spec if active() else None)
+    layout = like.sharding.spec if like.sharding else PartitionSpec()
+    return jnp.zeros(like.shape, like.dtype, out_sharding=layout if active() else None)
 
 
 def rows_of(x: Array, source_B: Array) -> Array:

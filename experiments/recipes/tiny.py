@@ -20,7 +20,7 @@ from glm_jax.config import (
 
 
 def tiny() -> Run:
-    """3.1 M parameters, 1 dense + 4 MoE layers + MTP, on the documents that come with Python; about ten minutes."""
+    """3.1 M parameters, 1 dense + 4 MoE layers + MTP, on the documents that come with Python, and three experts in one."""
     model = Model(
         V=2048, D=128, L=5, dense_layers=1, N=4, K=2, H=32, F=384, M=64, E=16, A=4,
         max_positions=4096, rope_theta=1e4, dtype="float32", remat="none",
@@ -60,30 +60,39 @@ def posttrain() -> Posttrain:
         optim=muon,
     )  # fmt: skip
     grpo = GRPO(
-        steps=50, levels=(1, 2), groups=16, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=1024, microbatch_rows=2,
-        peak_lr=2e-3, warmup_steps=3, hard_share=0.2, hard_attempts=32, hard_pool=32,
+        steps=40, levels=(1, 2), groups=16, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=1024, microbatch_rows=2,
+        peak_lr=3e-4, warmup_steps=3, hard_share=0.2, hard_attempts=32, hard_pool=32,
         optim=Optim(ns_dtype="float32", weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, max_new_tokens=80, max_tokens=144)
-    agent = replace(grpo, max_new_tokens=64, max_tokens=576)
+    chat = replace(grpo, max_new_tokens=80, max_tokens=144, peak_lr=1e-3)
+    agent = replace(grpo, max_new_tokens=64, max_tokens=576, peak_lr=1e-3, steps=16, groups=8)
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
-            Expert("agent", sft=replace(sft, dialogues=240, epochs=5), sft_levels=(1, 2), grpo=agent),
+            Expert("agent", sft=replace(sft, dialogues=400, epochs=5), sft_levels=(1, 2), grpo=agent),
             Expert("chat", sft=replace(sft, dialogues=800, epochs=4), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
-            prompts=512, answers=2, sft=replace(sft, dialogues=1, epochs=5),
-            grpo=replace(agent, steps=15, thinking_share=0.5, hard_share=0.0, max_new_tokens=80, max_tokens=592),
+            prompts=512, answers=2, sft=replace(sft, epochs=5),
+            grpo=replace(agent, steps=8, thinking_share=0.5, hard_share=0.0, max_new_tokens=80, max_tokens=592),
         ),
-        evaluation=Evaluation(tasks=256, answers=2),
+        evaluation=Evaluation(tasks=256, answers=1),
     )  # fmt: skip
 
 
 def smoke() -> Run:
-    """`tiny` on a tenth of the tokens: the same code for continuous integration."""
+    """`tiny` on a fraction of the tokens and a few steps of RL: the same code for continuous integration."""
+    full = tiny()
+    sft = {"dialogues": 64, "held_out": 16, "epochs": 1.0, "evals": 1}
+    grpo = {"steps": 2, "groups": 2, "rounds": 1, "hard_share": 0.5, "hard_attempts": 16, "hard_pool": 2}
+    experts = tuple(
+        replace(one, sft=replace(one.sft, **sft), grpo=replace(one.grpo, **grpo)) for one in full.post.experts
+    )
+    general = replace(full.post.unify.grpo, **{**grpo, "hard_share": 0.0})
+    unify = replace(full.post.unify, prompts=16, sft=replace(full.post.unify.sft, **sft), grpo=general)
+    post = Posttrain(experts, unify, replace(full.post.evaluation, tasks=16))
     return replace(
-        tiny(),
+        full,
         **{
             "name": "smoke",
             "pretrain.0.tokens": 163_840,
@@ -93,5 +102,8 @@ def smoke() -> Run:
             "schedule.batch_ramp_tokens": 40_960,
             "schedule.mtp_switch_tokens": 163_840,
             "schedule.bias_freeze_tokens": 348_160,
+            "post": post,
+            "post.experts.0.sft.dialogues": 200,  # enough for the format, so that unification has something to teach
+            "post.experts.0.sft.epochs": 8.0,
         },
     )

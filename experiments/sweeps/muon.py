@@ -1,9 +1,11 @@
 """Does Muon beat AdamW? Each at three learning rates, equal tokens, three seeds."""
 
 from experiments.sweeps import Sweep
+from glm_jax.config import Posttrain
 
 # A short run with its own full cosine: the other stages' tokens are all but removed, so that it decays to the end.
 SHORT = {
+    "post": Posttrain(),
     "pretrain.0.tokens": 409_600,
     "pretrain.1.tokens": 16_384,
     "midtrain.0.tokens": 16_384,

@@ -174,7 +174,8 @@ class Session:
         for row, text in enumerate(texts):
             ids_UT[row, : len(text)] = text
         new = _bucket(settings.max_new_tokens, 16)
-        return _prefill(
+        prefill = _begin if self._cache is None else _go_on
+        return prefill(
             self._cfg, new, self._params, self._bias_LE, cache, (ids_UT, lengths_U),
             (self._uids_B, alive_B, source_B), _rules(settings),
         )  # fmt: skip
@@ -199,7 +200,6 @@ def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
     return dataclasses.replace(model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype)), mtp=None)
 
 
-@partial(jax.jit, static_argnames=("cfg", "new"), donate_argnames=("cache",))
 def _prefill(
     cfg: Model, new: int, params: model.GLM, router_bias_LE: Array, cache: model.Cache, read: tuple[Array, Array],
     rows: tuple[Array, Array, Array | None], rules: _Rules,
@@ -231,6 +231,10 @@ def _prefill(
         logprobs_BO=mesh.constrain(jnp.zeros((len(uids_B), new), jnp.float32), "BO"),
     )
     return _emit(state, logits_BV, rules)
+
+
+_begin = jax.jit(_prefill, static_argnames=("cfg", "new"))
+_go_on = jax.jit(_prefill, static_argnames=("cfg", "new"), donate_argnames="cache")
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))

@@ -216,15 +216,15 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
 
 def from_weights(run: Run, tx: optax.GradientTransformation, folder: Path) -> state.State:
     """A new beginning at step 0, with the parameters and router bias of a stage's folder."""
-    _check_shape(run, folder)
+    _check_shape(run, folder, _MODEL_FIELDS)
     _, params, router_bias_LE, _ = checkpoint.load_params(folder)
     return state.State(jnp.zeros((), jnp.int32), params, router_bias_LE, jax.jit(tx.init)(params))  # pyright: ignore[reportArgumentType] (as in state.py)
 
 
-def _check_shape(run: Run, folder: Path) -> None:
-    """Refuse the checkpoints of a stage's folder whose arrays are not those of `run`."""
+def _check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
+    """Refuse the checkpoints of a stage's folder whose arrays, by `fields` all of them, are not those of `run`."""
     saved, _, _ = checkpoint.load_run(folder)
-    differ = {path: both for path, both in config.diff(run, saved).items() if path in _SHAPE_FIELDS}
+    differ = {path: both for path, both in config.diff(run, saved).items() if path in (fields or _SHAPE_FIELDS)}
     if differ:
         told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
         raise ConfigError(
@@ -233,7 +233,8 @@ def _check_shape(run: Run, folder: Path) -> None:
 
 
 _SHAPES = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
-_SHAPE_FIELDS = (*(f"model.{name}" for name in _SHAPES), "optim.name", "optim.lm_head", "optim.router")
+_MODEL_FIELDS = tuple(f"model.{name}" for name in _SHAPES)
+_SHAPE_FIELDS = (*_MODEL_FIELDS, "optim.name", "optim.lm_head", "optim.router")
 
 
 def _knobs(planned: Step) -> Knobs:

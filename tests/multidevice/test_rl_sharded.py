@@ -1,6 +1,7 @@
 """RL on eight fake devices against one: the same draws in a session of two turns, the same policy step. In a process of its
 own."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def as_batch(said, rows: int, length: int) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     (drawn, told), (drawn_by_8, told_by_8) = on((1, 1, 1)), on((2, 2, 2))
-    for one, eight in zip(sum(drawn, []), sum(drawn_by_8, []), strict=True):
+    for one, eight in zip(itertools.chain(*drawn), itertools.chain(*drawn_by_8), strict=True):
         assert (one is None) == (eight is None)
         if one:
             assert one[0] == eight[0]
