@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/installed  ## raw documents -> trained miniature -> runs/quickstart/report.html, in minutes
+quickstart: $(VENV)/installed  ## raw documents -> one hybrid miniature -> runs/quickstart/report.html, in half an hour
 	$(BIN)/python -m experiments.quickstart --out runs/quickstart
 
-smoke: $(VENV)/installed  ## the same on a tenth of the tokens, for continuous integration
+smoke: $(VENV)/installed  ## the same in a few steps of each stage, for continuous integration
 	$(BIN)/python -m experiments.quickstart --recipe smoke --out runs/smoke
 
 test: $(VENV)/installed-dev  ## every test

@@ -74,6 +74,8 @@ def main(args: Args) -> None:
     if plain and (args.system is not None or not args.thinking):
         why = "--plain continues text" if knows_dialogue else f"{folder} is of {stage}, which knows no dialogue"
         raise ConfigError(f"--system and --no_thinking belong to a dialogue, but {why}; leave them out")
+    if not plain and args.prompt is not None and not args.prompt.strip():
+        raise ConfigError("--prompt is empty; ask something, or leave it out to talk line by line")
     policy = load_policy(folder)
     speaker = Continuation(policy) if plain else Dialogue(policy, args.system, args.thinking)
     for turn, prompt in enumerate(_prompts(args.prompt)):

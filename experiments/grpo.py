@@ -92,7 +92,7 @@ class Learner:
         self.cfg = replace(run.model, rope_theta=run.stages[0].rope_theta)
         self.tx = optimizer(settings.optim, model.specs(self.cfg))
         self.tokenizer = load_tokenizer(data, self.cfg.V)
-        self.problems = Problems(sources, run.loop.seed, settings.hard_pool if settings.hard_share else 0)
+        self.problems = Problems(sources, FRESH_SEED, settings.hard_pool if settings.hard_share else 0)
         self.checkpoints = checkpoint.Checkpoints(out, keep=run.loop.keep_checkpoints)
         self.step, self.seconds, self.room = 0, 0.0, 16
         latest = self.checkpoints.latest()
@@ -219,6 +219,7 @@ class Learner:
         self.log.close()
 
 
+FRESH_SEED = 10**7  # of the first task: far beyond those that the cold start has seen, which it knows by heart
 MISMATCH = ("mismatch_mean", "mismatch_max", "k3")
 
 
@@ -232,8 +233,7 @@ def as_stage(run: Run, settings: GRPO, rope_theta: float) -> Run:
         run.schedule, peak_lr=settings.peak_lr, final_lr=settings.peak_lr, warmup_tokens=0, batch_tokens_start=tokens,
         batch_tokens=tokens, batch_ramp_tokens=0, bias_rate=0.0,
     )  # fmt: skip
-    changes = {"pretrain": (), "midtrain": (stage,), "schedule": schedule, "optim": settings.optim}
-    return replace(run, **changes)
+    return dataclasses.replace(run, pretrain=(), midtrain=(stage,), schedule=schedule, optim=settings.optim)
 
 
 def hash_seed(*parts: int) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from glm_jax.config import SFT, ConfigError, Expert, Run, Stage, nearest, replace
+from glm_jax.config import SFT, ConfigError, Expert, Run, Stage, nearest
 
 if TYPE_CHECKING:
     from glm_jax.data.dialogues import Dialogue
@@ -127,11 +127,10 @@ def as_stage(run: Run, settings: SFT, rows: int, rope_theta: float) -> tuple[Run
         warmup_tokens=round(settings.warmup_share * tokens), batch_tokens_start=batch_tokens,
         batch_tokens=batch_tokens, batch_ramp_tokens=0, mtp_switch_tokens=0, bias_rate=0.0, bias_freeze_tokens=0,
     )  # fmt: skip
-    changes = {
-        "pretrain": (), "midtrain": (stage,), "schedule": schedule, "optim": settings.optim,
-        "loop.checkpoint_every": 10**9, "loop.eval_every": max(1, batches // (settings.evals + 1)),
-    }  # fmt: skip
-    return replace(run, **changes), stage
+    every = max(1, batches // (settings.evals + 1))
+    loop = dataclasses.replace(run.loop, checkpoint_every=10**9, eval_every=every)
+    run = dataclasses.replace(run, pretrain=(), midtrain=(stage,), schedule=schedule, optim=settings.optim, loop=loop)
+    return run, stage
 
 
 def read(path: Path) -> list["Dialogue"]:

@@ -61,7 +61,7 @@ def posttrain() -> Posttrain:
     )  # fmt: skip
     grpo = GRPO(
         steps=40, levels=(1, 2), groups=16, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=1024, microbatch_rows=2,
-        peak_lr=3e-4, warmup_steps=3, hard_share=0.2, hard_attempts=32, hard_pool=32,
+        peak_lr=5e-4, warmup_steps=3, hard_share=0.2, hard_attempts=32, hard_pool=32,
         optim=Optim(ns_dtype="float32", weight_decay=0.0),
     )  # fmt: skip
     chat = replace(grpo, max_new_tokens=80, max_tokens=144, peak_lr=1e-3)
@@ -69,7 +69,7 @@ def posttrain() -> Posttrain:
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
-            Expert("agent", sft=replace(sft, dialogues=400, epochs=5), sft_levels=(1, 2), grpo=agent),
+            Expert("agent", sft=replace(sft, dialogues=240, epochs=5), sft_levels=(1, 2), grpo=agent),
             Expert("chat", sft=replace(sft, dialogues=800, epochs=4), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(

@@ -16,6 +16,7 @@ from glm_jax.rl.curriculum import Problems
 from glm_jax.rl.sample import Sample
 
 END = 0
+ROOM = {"max_new_tokens": 20, "max_tokens": 40}
 TASK = ENVIRONMENTS["agent"].task(0, 1)
 rewards = st.lists(st.sampled_from([0.0, 1.0]) | st.floats(-100, 100), min_size=2, max_size=16)
 tokens = st.lists(st.integers(1, 50), min_size=1, max_size=6)
@@ -64,7 +65,7 @@ def test_equal_rewards_teach_nothing(reward, count):
 @given(groups(), st.integers(40, 80), st.integers(1, 3), st.sampled_from(["token", "sequence"]))
 @settings(deadline=None)
 def test_every_drawn_token_is_trained_exactly_once_with_what_belongs_to_it(made, seq_len, rows, aggregate):
-    how = GRPO(seq_len=seq_len, microbatch_rows=rows, aggregate=aggregate)
+    how = GRPO(**ROOM, seq_len=seq_len, microbatch_rows=rows, aggregate=aggregate)
     batches = microbatches(made, how, END)
     assert all(z.shape == (rows, seq_len) for batch in batches for z in batch.values())
     flat = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -99,7 +100,7 @@ def test_before_every_trained_token_stands_its_own_answer(made, seq_len):
         for place, log_prob in enumerate(sample.log_probs):
             if log_prob:
                 known[float(np.float32(log_prob))] = sample.ids[:place]
-    for batch in microbatches(made, GRPO(seq_len=seq_len, microbatch_rows=2), END):
+    for batch in microbatches(made, GRPO(**ROOM, seq_len=seq_len, microbatch_rows=2), END):
         for row in range(2):
             ids, where, segments, prefixes = (batch[name][row] for name in ("ids", "positions", "segments", "prefixes"))
             for at in np.flatnonzero(batch["weights"][row]):

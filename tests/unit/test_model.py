@@ -190,6 +190,7 @@ def test_decoding_over_the_cache_equals_the_whole_forward(weights, ids_BT, stack
         np.testing.assert_allclose(np.stack(got[row]), full_BTV[row, : len(got[row])], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_remat_and_scan_change_no_gradient(weights, ids_BT):
     params, router_bias_LE = weights
 

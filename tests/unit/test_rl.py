@@ -16,12 +16,16 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import grpo
 from glm_jax import envs, losses, model
-from glm_jax.config import GRPO, ConfigError, Model
+from glm_jax.config import GRPO, ConfigError, Model, Run, Schedule, Stage
+from glm_jax.data import dialogues
+from glm_jax.data.dialogues import Dialogue
 from glm_jax.data.input import Batch
 from glm_jax.envs import split
 from glm_jax.envs.agent import TOOLS, Agent
 from glm_jax.envs.task import Episode, Task, Turn, ended
+from glm_jax.optim import optimizer
 from glm_jax.rl import rollout as rollouts
 from glm_jax.rl.advantages import advantages, varies
 from glm_jax.rl.batch import microbatches
@@ -33,6 +37,7 @@ from glm_jax.sample import engine
 from glm_jax.sample.engine import Sampling
 from glm_jax.text import tokenizer as tokenizers
 from glm_jax.text.chat import observation_tokens, render, render_tokens
+from glm_jax.train import checkpoint, metrics
 from glm_jax.train.state import State
 from glm_jax.train.step import Knobs, loss_fn, train_step
 
@@ -42,7 +47,15 @@ CFG = Model(
 )  # fmt: skip
 # Everything below is sampled 16 rows at a time and trained 8 rows at a time: few shapes, few compilations.
 SETTINGS = GRPO(
-    groups=4, oversample=1, group_size=4, rounds=4, max_new_tokens=24, seq_len=1024, microbatch_rows=8, hard_attempts=8
+    max_tokens=1024,
+    groups=4,
+    oversample=1,
+    group_size=4,
+    rounds=4,
+    max_new_tokens=24,
+    seq_len=1024,
+    microbatch_rows=8,
+    hard_attempts=8,
 )
 HOW = Sampling(max_new_tokens=SETTINGS.max_new_tokens, seed=1)
 WAVE = "~~"  # a token that stands in no other text here
@@ -418,7 +431,7 @@ def one_by_one(groups, end: int) -> Batch:
 
 def test_an_answer_longer_than_a_row_is_an_error_with_the_way_out(tokenizer, lottery):
     with pytest.raises(ConfigError, match=r"does not fit grpo.seq_len=256; raise it, or lower grpo.max_new_tokens"):
-        whole(lottery, tokenizer.end, seq_len=256)
+        whole(lottery, tokenizer.end, seq_len=256, max_tokens=256)
 
 
 # ---- collecting and the curriculum
@@ -505,3 +518,64 @@ def test_the_second_stage_has_the_problems_that_only_more_attempts_solve():
     assert problems.take(1) == [tasks[5]]
     problems.learn([attempts(tasks[5], 0, 0)])
     assert problems.unsolved == keys[3:]  # the pool stays what it is
+
+
+# ---- the loop
+
+
+@pytest.fixture
+def start(tmp_path, weights, tokenizer):
+    """The stage folder of a fine-tuned model."""
+    params, router_bias_LE = weights
+    settings = dataclasses.replace(SETTINGS, steps=4, hard_share=0.0, checkpoint_every=1, rounds=1, peak_lr=1e-3)
+    schedule = Schedule(batch_tokens_start=1024, batch_tokens=1024, batch_ramp_tokens=0)
+    stage = Stage("sft", 1024, 1024, CFG.rope_theta, 1, packing="best_fit", isolate=True)
+    run = Run("lottery", CFG, (), (stage,), schedule=schedule)
+    folder = tmp_path / "lottery" / "sft"
+    task = Lottery().task(0, 1)
+    dialogue = Dialogue((*task.messages, *Agent().solve(task)), task.tools)
+    dialogues.prepare(folder / "data", [dialogue], tokenizer, "sft", 1024)
+    checkpoint.save_run(folder, run, "sft", folder / "data")
+    saved = checkpoint.Checkpoints(folder)
+    tx = optimizer(run.optim, model.specs(CFG))
+    saved.save(0, State(jnp.int32(0), params, router_bias_LE, tx.init(params)), {})
+    saved.close()
+    return run, settings, folder
+
+
+@pytest.mark.slow
+def test_a_run_of_rl_that_is_interrupted_ends_in_the_same_bits(start, monkeypatch):
+    run, settings, folder = start
+    whole, broken = folder.parent / "rl", folder.parent / "rl2"
+    grpo.train(run, settings, [("lottery", 1)], whole, folder)
+
+    def interrupt(self, *_):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return learn(self, *_)
+
+    learn = grpo.Learner.learn
+    monkeypatch.setattr(grpo.Learner, "learn", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(run, settings, [("lottery", 1)], broken, folder)
+    monkeypatch.setattr(grpo.Learner, "learn", learn)
+    result = grpo.train(run, settings, [("lottery", 1)], broken, folder)
+    one, other, before = (checkpoint.load_params(path)[1] for path in (whole, broken, folder))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(before), strict=True))
+    steps = metrics.read(broken / "log.jsonl", "step")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    told = [{k: v for k, v in r.items() if k != "seconds"} for r in metrics.read(whole / "log.jsonl", "step")]
+    assert [{k: v for k, v in record.items() if k != "seconds"} for record in steps] == told
+    assert result["mismatch"]["mismatch_max"] <= 5e-5  # rl.md section 4: float32, the same forward
+
+
+def test_too_few_hard_problems_are_told_and_not_learnt_by_heart(start, capsys):
+    run, settings, folder = start
+    settings = dataclasses.replace(settings, hard_share=0.5, hard_attempts=4)
+    grpo.train(run, settings, [("hopeless", 1)], folder.parent / "rl", folder)
+    (told,) = metrics.read(folder.parent / "rl" / "log.jsonl", "curriculum")
+    assert told["unsolved"] == 8 and told["kept"] == 0
+    assert "going on with fresh tasks" in capsys.readouterr().out
+    before, after = (checkpoint.load_params(path)[1] for path in (folder, folder.parent / "rl"))
+    jax.tree.map(np.testing.assert_array_equal, before, after)  # no group's rewards differ: nothing is learnt

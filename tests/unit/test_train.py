@@ -33,6 +33,7 @@ def step(batch: dict[str, np.ndarray], microbatches: int, bias_rate: float = 0.0
     return train_step(state.create(CFG, TX, 0), batch, knobs, cfg=CFG, tx=TX, sequence_balance=1e-2)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_equal_one_batch():
     """Components are divided by the whole batch's counts, so uneven weights across microbatches do not matter."""
     _, told = step(batch_of(1, 4), 1)
