@@ -118,10 +118,10 @@ def test_calls_of_like_size_and_other_settings_compile_nothing(weights):
     params, router_bias_LE = weights
     prepared = engine.prepare(CFG, params)
     generate(CFG, prepared, router_bias_LE, PROMPTS, settings=Sampling(max_new_tokens=9))
-    before = engine._decode._cache_size(), engine._prefill._cache_size()
+    before = engine._decode._cache_size(), engine._begin._cache_size()
     settings = Sampling(temperature=0.3, top_p=0.5, max_new_tokens=14, stop_ids=(3,), seed=9)
     generate(CFG, prepared, router_bias_LE, [[1] * 9, [2], [3]], settings=settings)
-    assert (engine._decode._cache_size(), engine._prefill._cache_size()) == before
+    assert (engine._decode._cache_size(), engine._begin._cache_size()) == before
 
 
 @pytest.mark.parametrize(
