@@ -12,6 +12,7 @@ the same command continues it, experiments.chat talks to it, experiments.grpo go
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +105,11 @@ def train(
     facts = dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len)
     theta = next(stage.rope_theta for stage in before.stages if stage.name == name)
     run, stage = as_stage(run, settings, facts["rows"], theta)
-    result = loop.train_stage(
-        run, stage, out, rows, weights=start, evaluate=evaluator(validation, tokenizer, run, stage), measure="loss"
-    )
-    begun, ended = result["start"]["dialogues"], result["end"]["dialogues"]
-    print(
-        f"{out}: {facts['dialogues']:,} dialogues, {result['tokens']:,} tokens; held-out loss {begun:.3f} -> {ended:.3f}"
-    )
+    look = evaluator(validation, tokenizer, run, stage) if validation else None
+    result = loop.train_stage(run, stage, out, rows, weights=start, evaluate=look, measure="loss")
+    losses = [result[when].get("dialogues", math.nan) for when in ("start", "end")]
+    told = f"{facts['dialogues']:,} dialogues, {result['tokens']:,} tokens"
+    print(f"{out}: {told}; held-out loss {losses[0]:.3f} -> {losses[1]:.3f}", flush=True)
     return result
 
 

@@ -96,7 +96,7 @@ def split(
     training, validation = [], []
     for found in accepted.values():
         told = list(dialogues(found.samples, direct_share))
-        count = min(held_out // len(accepted), len(told) // 10)
+        count = min(held_out // len(accepted), max(1, len(told) // 10), len(told) - 1) if told else 0
         validation += told[:count]
         training += told[count:]
     return training, validation

@@ -65,7 +65,7 @@ def posttrain() -> Posttrain:
         optim=Optim(ns_dtype="float32", weight_decay=0.0),
     )  # fmt: skip
     chat = replace(grpo, max_new_tokens=80, max_tokens=144, peak_lr=1e-3)
-    agent = replace(grpo, max_new_tokens=64, max_tokens=576, peak_lr=1e-3, steps=16, groups=8)
+    agent = replace(grpo, max_new_tokens=96, max_tokens=640, peak_lr=1e-3, steps=16, groups=8)
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
@@ -74,7 +74,7 @@ def posttrain() -> Posttrain:
         ),
         unify=Unify(
             prompts=512, answers=2, sft=replace(sft, epochs=5),
-            grpo=replace(agent, steps=8, thinking_share=0.5, hard_share=0.0, max_new_tokens=80, max_tokens=592),
+            grpo=replace(agent, steps=8, thinking_share=0.5, hard_share=0.0, max_new_tokens=96, max_tokens=640),
         ),
         evaluation=Evaluation(tasks=256, answers=1),
     )  # fmt: skip
