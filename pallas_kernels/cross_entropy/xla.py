@@ -47,7 +47,11 @@ def _forward(token_loss: Callable[..., Array], x_XD: Array, w_DV: Array, targets
     return (loss, log_prob.reshape(-1)), (dx.reshape(x_XD.shape), dw_DV.astype(w_DV.dtype), (None,) * len(of_token))
 
 
-def _backward(_: Callable[..., Array], saved: tuple[Array, Array, tuple[None, ...]], cotangents: tuple[Array, Array]):
+def _backward(
+    token_loss: Callable[..., Array],
+    saved: tuple[Array, Array, tuple[None, ...]],
+    cotangents: tuple[Array, Array],
+):
     dx_XD, dw_DV, none_of_token = saved
     scale, _ = cotangents
     return dx_XD * scale.astype(dx_XD.dtype), dw_DV * scale.astype(dw_DV.dtype), None, *none_of_token
