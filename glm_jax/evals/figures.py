@@ -137,7 +137,7 @@ def _smoothed(ax: Axes, told: Sequence[Told], field: str, colour: str) -> None:
 
 def average(values: np.ndarray, width: int) -> np.ndarray:
     """Centred moving average; shorter at both ends."""
-    kernel = np.ones(2 * width + 1)
+    kernel = np.ones(2 * min(width, (len(values) - 1) // 2) + 1)  # never longer than the values
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 

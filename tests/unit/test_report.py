@@ -12,7 +12,7 @@ from experiments import quickstart, recipes
 from glm_jax.config import ConfigError, Expert, Posttrain, Run, replace
 from glm_jax.data.prepare import settings
 from glm_jax.envs import get
-from glm_jax.evals import bars, posttraining, report, scores
+from glm_jax.evals import bars, figures, posttraining, report, scores
 from glm_jax.evals.told import SAMPLES_FILE, read
 from glm_jax.optim import steps
 from glm_jax.train import checkpoint
@@ -363,3 +363,8 @@ def test_half_a_post_training_still_has_a_report(tmp_path, run):
     ]  # fmt: skip
     assert "unified" not in after and after["mismatch"]["mean"] == 4e-7
     assert report.summary(after)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_an_average_is_as_long_as_its_values(count):
+    np.testing.assert_allclose(figures.average(np.full(count, 2.0), 4), np.full(count, 2.0))
