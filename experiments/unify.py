@@ -5,7 +5,7 @@
 Every expert answers fresh prompts of its domain; rejection sampling keeps what is well formed, long enough, not
 repetitive and verified (counts per reason in RUN/unified/rejection.json). Half of the kept answers are told again without
 reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO goes on with tasks of all domains in
-both modes. With `post.rounds` of 2 each expert first starts cold again from its own accepted answers, and RL again.
+both modes.
 """
 
 from dataclasses import dataclass

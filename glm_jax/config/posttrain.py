@@ -149,9 +149,7 @@ class Posttrain:
     experts: tuple[Expert, ...] = ()  # none: the run ends with mid-training
     unify: Unify = Unify()
     evaluation: Evaluation = Evaluation()
-    rounds: int = 1  # of expert training; a second one starts cold from the RL expert's own answers
 
     def __post_init__(self):
         domains = [expert.domain for expert in self.experts]
         require(len(set(domains)) == len(domains), f"experts of {domains}: one for each domain")
-        require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")

@@ -43,10 +43,10 @@ class Problems:
             self.unsolved = self.unsolved[-self._most_unsolved :]
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-ready; `set_state` takes it."""
+        """JSON-ready; `set_state` takes it. A copy, for a checkpoint is written while the run goes on."""
         return {
-            "sources": [list(source) for source in self._sources], "turn": self._turn, "next_seed": self._next_seed,
-            "unsolved": self.unsolved, "pool": self.pool, "pool_turn": self._pool_turn,
+            "sources": [list(source) for source in self._sources], "turn": self._turn, "next_seed": [*self._next_seed],
+            "unsolved": [*self.unsolved], "pool": [*self.pool], "pool_turn": self._pool_turn,
         }  # fmt: skip
 
     def set_state(self, state: dict[str, Any]) -> None:

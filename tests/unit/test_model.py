@@ -229,6 +229,7 @@ def test_bfloat16_activations_follow_float32(weights, ids_BT):
     assert np.median(error_BT) < 0.1  # a token whose choice of experts tips may move further
 
 
+@pytest.mark.slow
 def test_the_flax_module_is_the_functions(ids_BT):
     module = model.GLMModule(CFG)
     variables = module.init(jax.random.key(0), ids_BT)

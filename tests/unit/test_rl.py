@@ -502,6 +502,20 @@ def test_problems_go_on_from_a_state_as_if_never_stopped():
     assert other.take(5) == problems.take(5)
 
 
+def test_a_state_stays_what_it_was_while_the_problems_go_on():
+    """A checkpoint is written in the background."""
+    problems = Problems([("agent", 1)], most_unsolved=3)
+    problems.learn([[Sample(task)] for task in problems.take(2)])
+    problems.pool = problems.unsolved[:1]
+    state = problems.get_state()
+    then = json.dumps(state)
+    problems.pool.append(problems.unsolved[1])
+    problems.take(1)
+    problems.pool.clear()
+    problems.learn([[Sample(task)] for task in problems.take(3)])
+    assert json.dumps(state) == then != json.dumps(problems.get_state())
+
+
 def test_the_second_stage_has_the_problems_that_only_more_attempts_solve():
     def attempts(task: Task, *rewards: float) -> list[Sample]:
         return [Sample(task, reward=reward) for reward in rewards]
