@@ -54,9 +54,12 @@ def _units(group: Group, settings: GRPO) -> Iterator[Unit]:
             f"an answer of {longest} tokens, prompt included, does not fit grpo.seq_len={settings.seq_len}; raise it, "
             "or lower grpo.max_new_tokens"
         )
-    prompt = group[0].ids[: group[0].sampled.index(True) - 1]
+    worth = advantages([s.reward for s in group], settings.std_normalize)
+    answers = [pair for pair in zip(group, worth, strict=True) if pair[0].drawn]  # others count in the mean alone
+    first = answers[0][0]
+    prompt = first.ids[: first.sampled.index(True) - 1]
     unit = Unit(prompt, [])
-    for sample, advantage in zip(group, advantages([s.reward for s in group], settings.std_normalize), strict=True):
+    for sample, advantage in answers:
         if unit.answers and unit.length + unit.tail(sample) > settings.seq_len:
             yield unit
             unit = Unit(prompt, [])

@@ -1,10 +1,10 @@
 """Rollouts: the model answers tasks, the environment replies, until every episode has ended. Token in, token out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jax import Array
 
@@ -13,13 +13,15 @@ from glm_jax.config import Model
 from glm_jax.data.prepare import load_tokenizer
 from glm_jax.envs import get as environment
 from glm_jax.envs import guard
-from glm_jax.envs.task import Episode, Task, Turn
+from glm_jax.envs.task import Episode, Task
 from glm_jax.rl.sample import Sample
 from glm_jax.sample.engine import Completion, Sampling, Session, prepare
-from glm_jax.text.chat import observation_tokens, render_tokens, stop_ids
+from glm_jax.text.chat import DialogueError, observation_tokens, render_tokens, stop_ids
 from glm_jax.text.parse import parse_tokens
 from glm_jax.text.tokenizer import Tokenizer
 from glm_jax.train import checkpoint
+
+T = TypeVar("T")
 
 TOO_LONG = "too long"
 TIME_LIMIT = 5.0  # seconds for an environment's reply
@@ -60,8 +62,11 @@ def rollout(
     settings = dataclasses.replace(settings, stop_ids=stop_ids(tokenizer))
     modes = [thinking] * len(tasks) if isinstance(thinking, bool) else thinking
     samples = [Sample(task, mode) for task, mode in zip(tasks, modes, strict=True)]
-    episodes = [environment(task.env).start(task) for task in tasks]
-    given = [render_tokens(tokenizer, list(s.task.messages), s.task.tools, s.thinking).ids for s in samples]
+    episodes = [_guarded(sample, environment(sample.task.env).start, sample.task) for sample in samples]
+    given = [
+        render_tokens(tokenizer, list(s.task.messages), s.task.tools, s.thinking).ids if episode else []
+        for s, episode in zip(samples, episodes, strict=True)
+    ]
     session = Session(policy.cfg, policy.params, policy.router_bias_LE, uids, tokens)
     while any(given):
         for row, sample in enumerate(samples):
@@ -71,7 +76,7 @@ def rollout(
             sample.give(given[row])
         completions = session.turn(given, settings)
         given = [
-            _reply(tokenizer, sample, episode, completion) if completion else []
+            _reply(tokenizer, sample, episode, completion) if completion and episode else []
             for sample, episode, completion in zip(samples, episodes, completions, strict=True)
         ]
     return samples
@@ -89,16 +94,28 @@ def _reply(tokenizer: Tokenizer, sample: Sample, episode: Episode, completion: C
     if wrong:
         sample.end(0.0, wrong)
         return []
-    try:
-        turn: Turn = guard.call(episode.step, message, seconds=TIME_LIMIT)
-    except guard.EnvironmentFailure as failure:
-        sample.end(0.0, f"environment {failure.reason}")
+    turn = _guarded(sample, episode.step, message)
+    if turn is None:
         return []
     if turn.done:
         sample.end(turn.reward, turn.reason)
         return []
+    try:
+        reply = observation_tokens(tokenizer, turn.observations, sample.thinking)
+    except DialogueError as error:
+        sample.end(0.0, f"environment gave no text: {error}")
+        return []
     sample.turns += [{"role": "tool", "content": text} for text in turn.observations]
-    return observation_tokens(tokenizer, turn.observations, sample.thinking)
+    return reply
+
+
+def _guarded(sample: Sample, function: Callable[[Any], T], argument: Any) -> T | None:
+    """What the environment returns; where it raises or hangs None, and the answer has ended with that reason."""
+    try:
+        return guard.call(function, argument, seconds=TIME_LIMIT)
+    except guard.EnvironmentFailure as failure:
+        sample.end(0.0, f"environment {failure.reason}")
+        return None
 
 
 def _format_error(tokenizer: Tokenizer, sample: Sample, message: dict[str, Any], stop: int) -> str:

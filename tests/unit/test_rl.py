@@ -117,9 +117,25 @@ class BrokenTicket(Ticket):
         return super().reply(message)
 
 
+class Unsound(Lottery):
+    """One task cannot be begun, one answers with what is no text, one with nothing; the last is sound."""
+
+    name = "unsound"
+
+    def start(self, task: Task) -> Episode:
+        if task.seed == 0:
+            raise OSError("no sandbox")
+        return UnsoundTicket(task, self)
+
+
+class UnsoundTicket(Ticket):
+    def reply(self, message: dict) -> Turn:
+        return {1: Turn((7,)), 2: Turn(())}.get(self.task.seed) or super().reply(message)
+
+
 @pytest.fixture(autouse=True)
 def environments(monkeypatch):
-    for env in (Lottery(), Hopeless(), Wordy(), Broken()):
+    for env in (Lottery(), Hopeless(), Wordy(), Broken(), Unsound()):
         monkeypatch.setitem(envs.ENVIRONMENTS, env.name, env)
 
 
@@ -313,6 +329,18 @@ def test_an_answer_without_room_for_its_next_turn_ends_as_too_long(policy):
     for sample in cut:
         assert (sample.reason, sample.reward) == ("too long", 0.0)
         assert sample.sampled[-1] and len(sample.ids) <= SETTINGS.seq_len
+
+
+def test_an_environment_that_cannot_begin_or_gives_no_text_is_counted(policy, tokenizer):
+    tasks = [Unsound().task(seed, 1) for seed in range(4) for _ in range(4)]
+    samples = rollout(policy, tasks, HOW, range(16), tokens=SETTINGS.seq_len)
+    assert all(s.reason == "environment raised OSError: no sandbox" and not s.drawn for s in samples[:4])
+    for few in (samples[4:8], samples[8:12]):
+        assert any(s.reason.startswith("environment gave no text: ") for s in few)
+    assert not any(s.reason.startswith("environment") for s in samples[12:])
+    mixed = [dataclasses.replace(samples[0], task=samples[12].task), *samples[12:]]
+    batch = whole([mixed], tokenizer.end, aggregate="sequence")  # an answer without a draw counts in the mean alone
+    assert np.isfinite(batch["weights"]).all() and round(float(batch["weights"].sum())) == 4
 
 
 # ---- what is trained
