@@ -4,9 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 
+from glm_jax.config import ConfigError
 from glm_jax.envs.task import Environment, Task
 
 HELD_OUT_SHARE = 0.1
+MOST_MISSES = 10_000
 
 
 def held_out(task: Task) -> bool:
@@ -16,10 +18,20 @@ def held_out(task: Task) -> bool:
 
 
 def tasks(env: Environment, level: int, *, evaluation: bool, first_seed: int = 0) -> Iterator[Task]:
-    """Endless tasks of one level with rising seeds: the held-out ones for `evaluation`, else only the others."""
-    seed = first_seed
-    while True:
+    """Endless tasks of one level with rising seeds: the held-out ones for `evaluation`, else only the others.
+
+    ConfigError where `MOST_MISSES` seeds in a row give none: an environment with too few different prompts.
+    """
+    seed, missed = first_seed, 0
+    while missed < MOST_MISSES:
         task = env.task(seed, level)
+        missed += 1
         if held_out(task) == evaluation:
+            missed = 0
             yield task
         seed += 1
+    kind = "held-out" if evaluation else "training"
+    raise ConfigError(
+        f"environment {env.name}, level {level}: no {kind} task among {MOST_MISSES} seeds from {seed - MOST_MISSES} on; "
+        "its prompts must differ more"
+    )

@@ -14,7 +14,7 @@ import pytest
 import reasoning_gym
 
 from glm_jax.config import ConfigError
-from glm_jax.envs import ENVIRONMENTS, dialogue, get, guard, reasoning
+from glm_jax.envs import ENVIRONMENTS, dialogue, get, guard, reasoning, split
 from glm_jax.envs.agent import ITEMS
 from glm_jax.envs.task import Environment
 from glm_jax.rewards.constraints import CONSTRAINTS, check
@@ -398,3 +398,14 @@ def test_the_guard_gives_back_the_handler_and_the_timer_that_it_found():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_environment_of_one_prompt_has_no_second_split():
+    class Constant(reasoning.Reasoning):
+        def task(self, seed, level):
+            return super().task(0, level)
+
+    side = split.held_out(Constant().task(0, 1))
+    assert next(split.tasks(Constant(), 1, evaluation=side)) == Constant().task(0, 1)
+    with pytest.raises(ConfigError, match="its prompts must differ more"):
+        next(split.tasks(Constant(), 1, evaluation=not side))
