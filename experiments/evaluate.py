@@ -104,7 +104,7 @@ def _with_model(path: Path, call: Callable[..., dict[str, Any]]) -> dict[str, An
     run, name, _ = checkpoint.load_run(folder)
     with jax.set_mesh(mesh.make(run.mesh)):
         run, params, router_bias_LE, data = checkpoint.load_params(folder)
-        return call(run, next(s for s in run.stages if s.name == name), data, params, router_bias_LE)
+        return call(run, run.stage(name), data, params, router_bias_LE)
 
 
 def _tasks(args: Args, folder: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
     before, name, data = checkpoint.load_run(start)
-    run = as_stage(run, settings, next(stage.rope_theta for stage in before.stages if stage.name == name))
+    run = as_stage(run, settings, before.stage(name).rope_theta)
     loop.check_layout(run, *run.stages)
     checkpoint.save_run(out, run, "rl", data, after=start)
     with jax.set_mesh(mesh.make(run.mesh)):
@@ -133,7 +133,7 @@ class Learner:
             "name": "rl", "seconds": round(self.seconds, 2), "steps": self.step,
             "sampled_tokens": sum(record["sampled_tokens"] for record in steps),
             "reward": {"start": steps[0]["reward"], "end": sum(r["reward"] for r in tail) / len(tail)},
-            "mismatch": {name: max(r[name] for r in steps) for name in ("mismatch_mean", "mismatch_max", "k3")},
+            "mismatch": {name: max(r[name] for r in steps) for name in MISMATCH},
         }  # fmt: skip
         checkpoint.write_json(self.out / loop.RESULT_FILE, result)
         return result
@@ -158,31 +158,24 @@ class Learner:
         """One optimizer step on `groups`."""
         import jax
         import jax.numpy as jnp
-        import numpy as np
 
-        from glm_jax import mesh
         from glm_jax.losses import Policy as Sampled
         from glm_jax.rl.batch import microbatches
-        from glm_jax.train.step import Knobs, train_step
+        from glm_jax.train import metrics
+        from glm_jax.train.step import Knobs, stacked, train_step
 
         s = self.settings
         micro = microbatches(groups, s, self.tokenizer.end)
         while self.room < len(micro):
             self.room *= 2  # another program is compiled
-        empty = {name: np.zeros_like(z) for name, z in micro[0].items()}
-        padded = micro + [empty] * (self.room - len(micro))
-        place = mesh.batch_sharding(jax.sharding.get_mesh())
-        batch = {name: jax.device_put(np.stack([m[name] for m in padded]), place) for name in empty}
         lr = s.peak_lr * min(1.0, (self.step + 1) / max(1, s.warmup_steps))
         knobs = Knobs(jnp.float32(lr), jnp.float32(0), jnp.float32(0), jnp.int32(len(micro)))  # the router bias stays
         sampled = Sampled((s.clip_low, s.clip_high), s.temperature)
-        self.state, fetched = train_step(self.state, batch, knobs, cfg=self.cfg, tx=self.tx, policy=sampled)
+        self.state, fetched = train_step(
+            self.state, stacked(micro, self.room), knobs, cfg=self.cfg, tx=self.tx, policy=sampled
+        )
         told = {name: float(value) for name, value in jax.device_get(fetched).items() if name != "load_LE"}
-        if not (math.isfinite(told["loss"]) and math.isfinite(told["gradient_norm"])):
-            raise FloatingPointError(
-                f"loss {told['loss']} and gradient norm {told['gradient_norm']} at step {self.step + 1} of {self.out}; the "
-                f"last good checkpoint is step {self.checkpoints.latest()}: lower peak_lr, or resume from it"
-            )
+        metrics.check_finite(told, f"step {self.step + 1} of {self.out}", self.checkpoints.latest(), "peak_lr")
         tokens = told["sampled_tokens"]
         means = {name: told[f"{name}_sum"] / tokens for name in ("entropy", "k3", "clipped")}
         means |= {"mismatch_mean": told["mismatch_sum"] / tokens, "mismatch_max": told["mismatch_max"]}
@@ -209,9 +202,7 @@ class Learner:
         )
 
     def save(self) -> None:
-        meta = {
-            "problems": self.problems.get_state(), "seconds": self.seconds, "room": self.room
-        }  # fmt: skip
+        meta = {"problems": self.problems.get_state(), "seconds": self.seconds, "room": self.room}
         self.checkpoints.save(self.step, self.state, meta)
 
     def close(self) -> None:
@@ -238,9 +229,9 @@ def as_stage(run: Run, settings: GRPO, rope_theta: float) -> Run:
 
 def hash_seed(*parts: int) -> int:
     """A seed below 2^31 that depends on all of `parts`."""
-    import hashlib
+    from glm_jax.data.document import digest
 
-    return int(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8], 16) % 2**31
+    return int(digest(json.dumps(parts))[:8], 16) % 2**31
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The whole story in miniature on this machine: documents, both pre-training stages, mid-training, three experts and
 their RL, one unified model, a report to look at.
 
-    python -m experiments.quickstart --recipe tiny --out runs/quickstart      (twenty-five minutes on two cores)
+    python -m experiments.quickstart --recipe tiny --out runs/quickstart      (the longest part is post-training)
     python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in a few steps of each)
 
 It calls the functions of experiments.data, pretrain, midtrain, posttrain and evaluate, in one process. Run it again to go on where

@@ -103,8 +103,7 @@ def train(
     tokenizer = load_tokenizer(data, run.model.V)
     rows = out / "data"
     facts = dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len)
-    theta = next(stage.rope_theta for stage in before.stages if stage.name == name)
-    run, stage = as_stage(run, settings, facts["rows"], theta)
+    run, stage = as_stage(run, settings, facts["rows"], before.stage(name).rope_theta)
     look = evaluator(validation, tokenizer, run, stage) if validation else None
     result = loop.train_stage(run, stage, out, rows, weights=start, evaluate=look, measure="loss")
     losses = [result[when].get("dialogues", math.nan) for when in ("start", "end")]

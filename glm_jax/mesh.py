@@ -82,6 +82,12 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
+def placed(batch: Any) -> Any:
+    """Host arrays [B, T] on the devices: rows split over every axis of the mesh that is set, or the default device."""
+    layout = NamedSharding(jax.sharding.get_mesh(), activation("BT")) if active() else None
+    return jax.device_put(batch, layout)
+
+
 def concrete(shapes: Any) -> Any:
     """ShapeDtypeStructs from `jax.eval_shape`, with their layouts on the devices of the mesh that is set, or on the
     default device."""

@@ -47,6 +47,13 @@ class Run:
     def total_tokens(self) -> int:
         return sum(stage.tokens for stage in self.stages)
 
+    def stage(self, name: str) -> Stage:
+        """The stage called `name`; ConfigError with the nearest name for another."""
+        found = {stage.name: stage for stage in self.stages}
+        if name not in found:
+            raise ConfigError(f"run {self.name!r} has no stage {name!r}; {nearest(name, list(found))}")
+        return found[name]
+
     def tokens_before(self, name: str) -> int:
         """Tokens of all stages before the one called `name`."""
         return sum(stage.tokens for stage in itertools.takewhile(lambda s: s.name != name, self.stages))

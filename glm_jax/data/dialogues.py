@@ -1,10 +1,11 @@
 """Dialogues as rows: rendered, packed best-fit, with the mask of what is trained. The same folder layout as `prepare`'s.
 
-OUT/<stage>/        tokens.npy, offsets.npy, trained.npy, shared.npy, segments.npy, row_starts.npy,
-                        stage.json
-OUT/dialogues.jsonl what the rows were made from, to be read by people
-OUT/tokenizer.json
-OUT/manifest.json   counts; written last
+    OUT/<stage>/        tokens, offsets, trained, shared, segments and row_starts (.npy), stage.json
+    OUT/dialogues.jsonl what the rows were made from, to be read by people
+    OUT/tokenizer.json
+    OUT/manifest.json   counts
+
+The manifest is written last: a folder without one is made again.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ import numpy as np
 from glm_jax.config import ConfigError
 from glm_jax.data import packing
 from glm_jax.data.document import write
-from glm_jax.data.input import Batch, Piece, assemble
-from glm_jax.data.stages import Tokens, id_dtype
+from glm_jax.data.input import Batch, Piece, assemble, row_pieces
+from glm_jax.data.stages import Prepared, Tokens, id_dtype
 from glm_jax.text.chat import Rendered, render_tokens
 from glm_jax.text.tokenizer import Tokenizer
 
@@ -61,11 +62,8 @@ class Packed:
 
     def row(self, index: int, seq_len: int, end: int) -> Batch:
         """Row `index` as arrays; an empty one beyond the last."""
-        pieces = []
-        for number in range(*self.plan.row_starts[index : index + 2]) if index < len(self.plan) else ():
-            item, _, length = self.plan.segments[number]
-            here = slice(self.tokens.offsets[item], self.tokens.offsets[item + 1])
-            pieces.append(Piece(self.tokens.flat[here], int(length), self.trained[here], bool(self.shared[number])))
+        stored = (self.tokens.flat, self.tokens.offsets, self.trained, self.shared)
+        pieces = row_pieces(self.plan, index, *stored) if index < len(self.plan) else []
         empty = Piece(self.tokens.flat[:0], 0, self.trained[:0], False)
         return assemble(pieces or [empty], seq_len, isolate=True, end=end)
 
@@ -130,11 +128,9 @@ def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stag
     folder = out / stage
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     folder.mkdir(parents=True)
-    packed.tokens.save(folder)
-    arrays = {"trained": packed.trained, "shared": packed.shared}
-    arrays |= {"segments": packed.plan.segments, "row_starts": packed.plan.row_starts}
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+    Prepared(packed.tokens, packed.plan, facts).save(folder)
+    np.save(folder / "trained.npy", packed.trained)
+    np.save(folder / "shared.npy", packed.shared)
     write(folder / "stage.json", json.dumps(facts, indent=1))
     lines = (json.dumps(dialogues[i].record(), ensure_ascii=False) + "\n" for i in kept)
     write(out / "dialogues.jsonl", "".join(lines))

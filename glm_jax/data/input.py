@@ -45,15 +45,7 @@ class Rows:
         return len(self._plan)
 
     def __getitem__(self, index: int) -> Batch:
-        begins, ends = self._offsets[:-1], self._offsets[1:]
-        pieces = []
-        first = int(self._plan.row_starts[index])
-        for number, (document, start, length) in enumerate(self._plan.row(int(index)), start=first):
-            begin = begins[document] + start
-            here = slice(begin, min(begin + length + LOOKAHEAD, ends[document]))
-            trained = None if self._trained is None else self._trained[here]
-            shared = None if self._shared is None else bool(self._shared[number])
-            pieces.append(Piece(self._tokens[here], int(length), trained, shared))
+        pieces = row_pieces(self._plan, int(index), self._tokens, self._offsets, self._trained, self._shared)
         return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
 
 
@@ -65,6 +57,25 @@ class Piece(NamedTuple):
     length: int
     trained: np.ndarray | None = None
     shared: bool | None = None
+
+
+def row_pieces(
+    plan: Plan,
+    index: int,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    trained: np.ndarray | None = None,
+    shared: np.ndarray | None = None,
+) -> list[Piece]:
+    """The pieces of a plan's row: document i is `tokens[offsets[i]:offsets[i + 1]]`, `trained` stands beside the tokens
+    and `shared` beside the plan's segments."""
+    pieces = []
+    for number, (document, start, length) in enumerate(plan.row(index), start=int(plan.row_starts[index])):
+        begin = offsets[document] + start
+        here = slice(begin, min(begin + length + LOOKAHEAD, offsets[document + 1]))
+        mask = None if trained is None else trained[here]
+        pieces.append(Piece(tokens[here], int(length), mask, None if shared is None else bool(shared[number])))
+    return pieces
 
 
 def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> Batch:

@@ -1,10 +1,10 @@
 """Tasks for training and tasks that are held out, split by a hash of what is asked: no seed can bring one to the other."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 
 from glm_jax.config import ConfigError
+from glm_jax.data.document import digest
 from glm_jax.envs.task import Environment, Task
 
 HELD_OUT_SHARE = 0.1
@@ -14,7 +14,7 @@ MOST_MISSES = 10_000
 def held_out(task: Task) -> bool:
     """Whether a task, as the model reads it, belongs to evaluation."""
     asked = json.dumps([task.env, task.messages[-1]["content"]])
-    return int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) < HELD_OUT_SHARE * 2**32
+    return int(digest(asked)[:8], 16) < HELD_OUT_SHARE * 2**32
 
 
 def tasks(env: Environment, level: int, *, evaluation: bool, first_seed: int = 0) -> Iterator[Task]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 
 from glm_jax import losses, mesh, model
 from glm_jax.config import ConfigError, Model, Run, Stage
@@ -45,14 +44,11 @@ def bits_per_byte(cfg: Model, params: model.GLM, router_bias_LE: Array, windows:
 
 def bits(cfg: Model, params: model.GLM, router_bias_LE: Array, windows: Windows) -> np.ndarray:
     """Bits that the model needs for each text, float64."""
-    place = NamedSharding(jax.sharding.get_mesh(), mesh.activation("BT")) if mesh.active() else None
     total = np.zeros(len(windows.size))
     for batch in windows.batches:
         counted = batch["owner"] != _NOT_COUNTED
         arrays = {**{name: z for name, z in batch.items() if name != "owner"}, "weights": counted.astype(np.float32)}
-        nll_BT = np.asarray(
-            negative_log_likelihood(cfg, params, router_bias_LE, jax.device_put(arrays, place)), np.float64
-        )
+        nll_BT = np.asarray(negative_log_likelihood(cfg, params, router_bias_LE, mesh.placed(arrays)), np.float64)
         total += np.bincount(batch["owner"][counted], nll_BT[counted], minlength=len(total))
     return total / math.log(2)
 
@@ -88,10 +84,7 @@ def evaluator(data: Path, run: Run, stage: Stage) -> Evaluate:
     domains = _domains(data, run.loop.eval_bytes)
     short = list(dict.fromkeys(text for name, texts in domains.items() if name != "long" for text in texts))
     parts = [(short, stage), (domains["long"], run.stages[-1])]
-    devices = mesh.make(run.mesh).size
-    prepared = [
-        (texts, cut(texts, tokenizer, at.seq_len, -(-at.microbatch_rows // devices) * devices)) for texts, at in parts
-    ]
+    prepared = [(texts, cut(texts, tokenizer, at.seq_len, batch_rows(run, at))) for texts, at in parts]
 
     def evaluate(cfg: Model, params: model.GLM, router_bias_LE: Array) -> dict[str, float]:
         short, long = (
@@ -108,6 +101,12 @@ def evaluator(data: Path, run: Run, stage: Stage) -> Evaluate:
         return values
 
     return evaluate
+
+
+def batch_rows(run: Run, stage: Stage) -> int:
+    """Rows of a batch for evaluation: the stage's microbatch, rounded up to a multiple of the devices."""
+    devices = mesh.make(run.mesh).size
+    return -(-stage.microbatch_rows // devices) * devices
 
 
 def stdlib_modules(held_out: Sequence[Document]) -> list[Document]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from glm_jax.config import ConfigError, Run, Schedule, Stage, nearest
+from glm_jax.config import Run, Schedule, Stage
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ class Steps(Sequence[Step]):
 
 def steps(run: Run, stage: Stage | str) -> Steps:
     """The plan of a stage, given by name or as one of `run.stages`; step numbers go on from the earlier stages'."""
-    name = stage if isinstance(stage, str) else stage.name
-    names = [s.name for s in run.stages]
-    if name not in names:
-        raise ConfigError(f"run {run.name!r} has no stage {name!r}; {nearest(name, names)}")
+    name = run.stage(stage if isinstance(stage, str) else stage.name).name
     first = 0
     for s in run.stages:
         plan = Steps(run, s, first)

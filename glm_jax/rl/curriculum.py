@@ -6,7 +6,7 @@ with pass@K > 0, and goes on with these alone, K answers to each.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from glm_jax import envs
@@ -64,7 +64,7 @@ class Problems:
 
 def held_out(name: str, level: int, count: int) -> list[Task]:
     """The first `count` tasks that are kept for evaluation."""
-    return list(itertools.islice(_evaluation(name, level), count))
+    return list(itertools.islice(split.tasks(envs.get(name), level, evaluation=True), count))
 
 
 def hard(unsolved: Sequence[Key], solved_in_probe: Sequence[int]) -> list[Key]:
@@ -75,10 +75,6 @@ def hard(unsolved: Sequence[Key], solved_in_probe: Sequence[int]) -> list[Key]:
 def probes(unsolved: Sequence[Key]) -> list[Task]:
     """The tasks of `unsolved`, made again from their seeds."""
     return [_task(key) for key in unsolved]
-
-
-def _evaluation(name: str, level: int) -> Iterator[Task]:
-    return split.tasks(envs.get(name), level, evaluation=True)
 
 
 def _task(key: Key) -> Task:

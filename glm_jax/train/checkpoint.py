@@ -119,8 +119,7 @@ def load_params(path: Path) -> tuple[Run, model.GLM, jax.Array, Path]:
     steps = committed(folder)
     if not steps:
         raise ConfigError(f"{folder} holds no checkpoint yet")
-    theta = next(s.rope_theta for s in run.stages if s.name == stage)
-    run = config.replace(run, **{"model.rope_theta": theta})
+    run = config.replace(run, **{"model.rope_theta": run.stage(stage).rope_theta})
     checkpoints = Checkpoints(folder)
     params, router_bias_LE = checkpoints.restore_params(steps[-1], run.model)
     checkpoints.close()

@@ -1,7 +1,6 @@
 """The training loop of one stage: plan, restore, step, log one step late, checkpoint, evaluate."""
 
 import dataclasses
-import math
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from glm_jax import config, mesh, model
@@ -18,7 +16,7 @@ from glm_jax.config import ConfigError, Run, Stage
 from glm_jax.data.input import Microbatches
 from glm_jax.optim import Step, optimizer, steps
 from glm_jax.train import checkpoint, metrics, state
-from glm_jax.train.step import Knobs, train_step
+from glm_jax.train.step import Knobs, stacked, train_step
 
 Evaluate = Callable[[config.Model, model.GLM, jax.Array], dict[str, float]]
 RESULT_FILE = "result.json"
@@ -150,11 +148,7 @@ class _Trainer:
 
     def _batch(self, count: int) -> dict[str, jax.Array]:
         """`count` microbatches, stacked and padded to the most that any step of the stage has: one compiled shape."""
-        micro = [next(self.batches) for _ in range(count)]
-        empty = {name: np.zeros_like(z) for name, z in micro[0].items()}
-        micro += [empty] * (self.most_microbatches - count)
-        place = mesh.batch_sharding(jax.sharding.get_mesh())
-        return {name: jax.device_put(np.stack([m[name] for m in micro]), place) for name in empty}
+        return stacked([next(self.batches) for _ in range(count)], self.most_microbatches)
 
     def _report(self, pending: tuple | None) -> None:
         """Fetch and log a step that has been dispatched; stop at a loss that is no number."""
@@ -168,11 +162,8 @@ class _Trainer:
         record |= {"tokens_seen": planned.tokens_before + planned.tokens, "mtp_weight": planned.mtp_weight}
         record |= {"seconds": round(self.seconds, 3)}
         record |= metrics.load_record(values["load_LE"])
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
-            raise FloatingPointError(
-                f"loss {record['loss']} and gradient norm {record['gradient_norm']} at step {step} of {self.stage.name}; "
-                f"the last good checkpoint is step {self.checkpoints.latest()}: lower schedule.peak_lr, or resume from it"
-            )
+        where = f"step {step} of {self.stage.name}"
+        metrics.check_finite(record, where, self.checkpoints.latest(), "schedule.peak_lr")
         assert self.log is not None
         self.log.step(record, record["tokens_seen"] - self.run.tokens_before(self.stage.name))
 

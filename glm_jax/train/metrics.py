@@ -1,6 +1,7 @@
 """What a run tells: a JSONL record per step, TensorBoard events beside it, a progress bar or plain lines."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -98,6 +99,16 @@ def read(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+def check_finite(record: dict[str, Any], where: str, last_good: int | None, rate: str) -> None:
+    """FloatingPointError where a step's loss or gradient norm is no number; `rate` names the setting to lower."""
+    loss, norm = record["loss"], record["gradient_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"loss {loss} and gradient norm {norm} at {where}; "
+            f"the last good checkpoint is step {last_good}: lower {rate}, or resume from it"
+        )
 
 
 def load_record(load_LE: np.ndarray) -> dict[str, Any]:

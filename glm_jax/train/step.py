@@ -3,11 +3,13 @@
 The step knows no algorithm: pre-training, SFT and GRPO differ in what stands beside each token of a batch.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
@@ -126,6 +128,14 @@ def train_step(
     router_bias_LE = balance(state.router_bias_LE, metrics["load_LE"], knobs.bias_rate)
     metrics = {**metrics, "gradient_norm": optax.tree.norm(grads), "tokens": totals["weights"]}
     return State(state.step + 1, params, router_bias_LE, opt), metrics
+
+
+def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int) -> Batch:
+    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape."""
+    empty = {name: np.zeros_like(z) for name, z in microbatches[0].items()}
+    padded = [*microbatches, *[empty] * (room - len(microbatches))]
+    place = mesh.batch_sharding(jax.sharding.get_mesh())
+    return {name: jax.device_put(np.stack([one[name] for one in padded]), place) for name in empty}
 
 
 def _merge(path: tuple, total: Array, one: Array) -> Array:
