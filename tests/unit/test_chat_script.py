@@ -112,6 +112,7 @@ def test_directly_it_answers_without_a_thought(runs, capsys, read, flag):
     assert read == [render_tokens(rollout.load_policy(runs / "unified").tokenizer, messages, None, False).ids]
 
 
+@pytest.mark.slow
 def test_it_remembers_what_was_said_less_the_thoughts_until_an_empty_line(runs, capsys, read, typed):
     typed(b"One?\nTwo?\n\nThree?\n")
     talk(runs)
@@ -172,6 +173,7 @@ def test_a_line_that_is_too_long_costs_that_line_alone(runs, capsys, typed, wher
     assert out == 2 * out[: len(out) // 2] != "" and "x x" not in out  # its neighbours are answered, and alike
 
 
+@pytest.mark.slow
 def test_a_dialogue_that_has_grown_too_long_says_how_to_go_on(runs, capsys, typed):
     typed(900 * b"x" + b"\n" + 100 * b"x" + b"\n\nWhere?\n")
     talk(runs)

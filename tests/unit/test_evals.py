@@ -32,7 +32,7 @@ def cfg(tokenizer):
 
 @pytest.fixture(scope="module")
 def weights(cfg):
-    params, router_bias_LE = model.init(cfg, jax.random.key(0))
+    params, router_bias_LE = jax.jit(model.init, static_argnums=0)(cfg, jax.random.key(0))
     return jax.tree.map(lambda w: 5 * w, params), router_bias_LE  # far from uniform predictions
 
 

@@ -348,6 +348,7 @@ def test_page_shows_post_training(whole):
     assert after["unified"]["agent"]["ratio"] == 0.3 and "30.0 %" in text
 
 
+@pytest.mark.slow
 def test_half_a_post_training_still_has_a_report(tmp_path, run):
     run = replace(run, **{"post.experts": (Expert("reasoning"), Expert("agent"))})
     folder = a_run_folder(tmp_path, run)

@@ -612,6 +612,7 @@ def test_a_run_of_rl_that_is_interrupted_ends_in_the_same_bits(start, monkeypatc
     assert result["mismatch"]["mismatch_max"] <= 5e-5  # rl.md section 4: float32, the same forward
 
 
+@pytest.mark.slow
 def test_too_few_hard_problems_are_told_and_not_learnt_by_heart(start, capsys):
     run, settings, folder = start
     settings = dataclasses.replace(settings, hard_share=0.5, hard_attempts=4)

@@ -155,6 +155,7 @@ def began(weights, uids=range(4), tokens=48):
     return engine.Session(CFG, *weights, uids, tokens)
 
 
+@pytest.mark.slow
 def test_two_turns_equal_the_whole_forward_over_all_that_was_read_and_said(weights):
     session, rows = began(weights), [[] for _ in range(4)]
     logits = jax.jit(lambda ids_BT: model.forward(CFG, *weights, ids_BT)[0])

@@ -172,6 +172,7 @@ def folder(tmp_path, weights, tokenizer):
     return out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_scored_once(folder, policy):
     path = folder.parents[1] / "scores" / "reasoning-rl.reasoning.1.thinking.json"
     found = evaluate.score(folder, "reasoning", 1, True)
@@ -189,6 +190,7 @@ def test_a_checkpoint_is_scored_once(folder, policy):
         evaluate.score(folder, "chatt", 1, True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_scores_of_an_expert(folder, capsys, tmp_path):
     out = tmp_path / "figures.json"
     evaluate.main(evaluate.Args(folder, level=(1,), mode=("thinking", "direct"), out=out))

@@ -47,11 +47,12 @@ def test_tiny_is_as_small_as_it_says():
 
 
 CFG = Model(V=48, D=16, L=3, dense_layers=1, N=4, K=2, H=8, F=20, M=12, E=6, A=2, shared_experts=2, dtype="float32")
+init = jax.jit(model.init, static_argnums=0)  # compiled as one
 
 
 def test_arrays_have_the_declared_shapes_and_first_values():
     specs = model.specs(CFG)
-    params, router_bias_LE = model.init(CFG, jax.random.key(0))
+    params, router_bias_LE = init(CFG, jax.random.key(0))
     assert jax.tree.map(lambda w: w.shape, params) == jax.tree.map(lambda s: s.shape, specs)
     assert specs.moe.ffn.shared.gate_DM.shape == (2, 16, 24)  # shared experts side by side: M times their number
     assert specs.moe.attention.q_DNH.dims == "LDNH"
@@ -64,12 +65,12 @@ def test_arrays_have_the_declared_shapes_and_first_values():
 
 
 def test_a_weight_starts_the_same_whatever_else_is_there():
-    whole, _ = model.init(CFG, jax.random.key(0))
-    less, _ = model.init(Model(**{**vars(CFG), "qk_norm": False, "mtp_layers": 0}), jax.random.key(0))
+    whole, _ = init(CFG, jax.random.key(0))
+    less, _ = init(Model(**{**vars(CFG), "qk_norm": False, "mtp_layers": 0}), jax.random.key(0))
     np.testing.assert_array_equal(whole.moe.ffn.gate_EDM, less.moe.ffn.gate_EDM)
     np.testing.assert_array_equal(whole.head_DV, less.head_DV)
     assert less.mtp is None and less.moe.attention.qk_norm is None
-    other, _ = model.init(CFG, jax.random.key(1))
+    other, _ = init(CFG, jax.random.key(1))
     assert (whole.head_DV != other.head_DV).any()
     assert np.abs(np.corrcoef(whole.moe.ffn.gate_EDM.ravel(), whole.moe.ffn.up_EDM.ravel())[0, 1]) < 0.3
 

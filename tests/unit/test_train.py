@@ -75,6 +75,7 @@ def policy_step(batch: dict[str, np.ndarray], now: state.State | None = None):
     return train_step(now or state.create(CFG, TX, 0), batch, knobs, cfg=CFG, tx=TX, policy=losses.Policy())
 
 
+@pytest.mark.slow
 def test_a_policy_step_accumulates_and_measures_over_all_microbatches():
     batch = policy_batch(1, 4)
     moved, told = policy_step(batch)
