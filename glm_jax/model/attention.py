@@ -71,16 +71,21 @@ def attention(
         cache = kv.extend(cache, layer, k_BTKH, v_BTKH)
         k_BSKH, v_BSKH = kv.read(cache, layer)
         positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
+    shared = ()
+    if cache is not None and cache.shared_k_LKSH is not None and cache.shared_v_LKSH is not None:
+        shared = (cache.shared_k_LKSH[layer], cache.shared_v_LKSH[layer])
 
-    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes):
+    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes, *shared_KSH):
         return attention_kernel(
             q, k, v,
             q_positions_BT=q_positions, k_positions_BS=k_positions,
-            q_segments_BT=q_segments, k_segments_BS=k_segments, q_prefixes_BT=q_prefixes,
+            q_segments_BT=q_segments, k_segments_BS=k_segments,
+            q_prefixes_BT=None if shared_KSH else q_prefixes, shared_KSH=shared_KSH or None,
             scale=cfg.H**-0.5, implementation=cfg.implementation,
         )  # fmt: skip
 
-    attend = mesh.per_shard(attend, ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS", "BT"), "BTNH")
+    layouts = ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS", "BT", *["KSH"] * len(shared))
+    attend = mesh.per_shard(attend, layouts, "BTNH")
     where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS, at.prefixes_BT)
-    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where)
+    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where, *shared)
     return jnp.tensordot(y_BTNH, p.o_NHD, axes=2), cache  # einsum would contract "hn": a transposed copy of the weight

@@ -17,7 +17,8 @@ class Cache:
 
     Heads stand before slots, as the products of attention read them. The layers are one array, or a tuple of one each
     where the parameters are unstacked: a step then reads and writes them in place.
-    `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
+    `shared_*` are keys and values, by layer, of what all rows begin with: held once, before the slots; `length_B` counts
+    them too. `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
     """
 
     k_LBKSH: Array | tuple[Array, ...]
@@ -25,10 +26,19 @@ class Cache:
     positions_BS: Array
     segments_BS: Array
     length_B: Array
+    shared_k_LKSH: tuple[Array, ...] | None = None
+    shared_v_LKSH: tuple[Array, ...] | None = None
+
+    @property
+    def shared_tokens(self) -> int:
+        return 0 if self.shared_k_LKSH is None else self.shared_k_LKSH[0].shape[1]
 
 
-def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True) -> Cache:
-    """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype; `stacked` as the parameters are."""
+def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cache | None = None) -> Cache:
+    """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype; `stacked` as the parameters are.
+
+    With `begun`, a full cache of one row (unstacked), every row begins with that row's tokens.
+    """
 
     def zeros(dims: str, *shape: int, dtype: Any = jnp.int32) -> Array:
         return mesh.constrain(jnp.zeros(shape, dtype), dims)
@@ -39,7 +49,15 @@ def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True) -> Cache:
             return zeros("LBKSH", cfg.L, *shape, dtype=cfg.dtype)
         return tuple(zeros("BKSH", *shape, dtype=cfg.dtype) for _ in range(cfg.L))
 
-    return Cache(layers(), layers(), zeros("BS", rows, capacity), zeros("BS", rows, capacity), zeros("B", rows))
+    cache = Cache(layers(), layers(), zeros("BS", rows, capacity), zeros("BS", rows, capacity), zeros("B", rows))
+    if begun is None:
+        return cache
+    k_LKSH, v_LKSH = (
+        tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH)
+    )
+    return dataclasses.replace(
+        cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH
+    )
 
 
 def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
@@ -54,13 +72,15 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
     write = mesh.per_shard(write, ("BS", "B", "BT"), "BS")
     return dataclasses.replace(
         cache,
-        positions_BS=write(cache.positions_BS, cache.length_B, positions_BT),
-        segments_BS=write(cache.segments_BS, cache.length_B, segments_BT),
+        positions_BS=write(cache.positions_BS, _used_B(cache), positions_BT),
+        segments_BS=write(cache.segments_BS, _used_B(cache), segments_BT),
     )
 
 
 def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Cache:
     """Write one layer's keys and values of the next tokens."""
+
+    used_B = _used_B(cache)
 
     def write(old: Array, length_B: Array, new_BTKH: Array, *layer: Array) -> Array:
         rows_B1, slots_BT = _slots(length_B, new_BTKH)
@@ -68,9 +88,9 @@ def extend(cache: Cache, layer: Array | int, k_BTKH: Array, v_BTKH: Array) -> Ca
 
     def put(old: Array | tuple[Array, ...], new_BTKH: Array) -> Array | tuple[Array, ...]:
         if isinstance(old, tuple):
-            new_BKSH = mesh.per_shard(write, ("BKSH", "B", "BTKH"), "BKSH")(old[layer], cache.length_B, new_BTKH)
+            new_BKSH = mesh.per_shard(write, ("BKSH", "B", "BTKH"), "BKSH")(old[layer], used_B, new_BTKH)
             return (*old[:layer], new_BKSH, *old[layer + 1 :])
-        return mesh.per_shard(write, ("LBKSH", "B", "BTKH", ""), "LBKSH")(old, cache.length_B, new_BTKH, layer)
+        return mesh.per_shard(write, ("LBKSH", "B", "BTKH", ""), "LBKSH")(old, used_B, new_BTKH, layer)
 
     return dataclasses.replace(cache, k_LBKSH=put(cache.k_LBKSH, k_BTKH), v_LBKSH=put(cache.v_LBKSH, v_BTKH))
 
@@ -83,6 +103,11 @@ def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
 def advance(cache: Cache, segments_BT: Array) -> Cache:
     """Count the real tokens that have been written."""
     return dataclasses.replace(cache, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+
+
+def _used_B(cache: Cache) -> Array:
+    """Slots that each row has filled."""
+    return cache.length_B - cache.shared_tokens
 
 
 def _slots(length_B: Array, new_BT: Array) -> tuple[Array, Array]:

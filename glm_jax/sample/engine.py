@@ -17,6 +17,7 @@ from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Model
 from glm_jax.sample.draw import draw, keys
 
+SHARED_TOKENS = 64  # rows that begin with as many tokens alike, or more, keep these once
 STREAM_TOKENS = 8  # tokens decoded between two calls of `on_token`
 
 
@@ -157,17 +158,25 @@ class Session:
         return done
 
     def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
-        """Read new tokens and draw every row's first one. In the first turn, rows that begin alike are read once."""
+        """Read new tokens and draw every row's first one. In the first turn equal texts are read once, and what all texts
+        begin with is kept once for all rows."""
         rows, source_B, cache = self._rows, None, self._cache
         alive_B = np.zeros(rows, bool)
         alive_B[: len(texts)] = [len(text) > 0 for text in texts]
         if cache is None:
+            begun, common = None, _begin_alike(texts)
+            if common >= SHARED_TOKENS:
+                beginning = next(text for text in texts if text)[:common]
+                ids_UT = np.repeat(np.array([beginning], np.int32), _batch_rows(1), axis=0)
+                begun = _read_beginning(self._cfg, self._params, self._bias_LE, ids_UT)
+                texts = [text[common:] for text in texts]
             distinct = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}
             if _batch_rows(len(distinct)) < rows:
                 source_B = np.zeros(rows, np.int32)
                 source_B[: len(texts)] = [distinct[tuple(text)] for text in texts]
                 rows, texts = _batch_rows(len(distinct)), [list(text) for text in distinct]
-            cache = model.empty_cache(self._cfg, rows, self._tokens, stacked=False)
+            slots = self._tokens - (common if begun else 0)
+            cache = model.empty_cache(self._cfg, rows, slots, stacked=False, begun=begun)
         lengths_U = np.zeros(rows, np.int32)
         lengths_U[: len(texts)] = [len(text) for text in texts]
         ids_UT = np.zeros((rows, _bucket(int(lengths_U.max()), 16)), np.int32)
@@ -200,6 +209,16 @@ def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
     return dataclasses.replace(model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype)), mtp=None)
 
 
+@partial(jax.jit, static_argnames=("cfg",))
+def _read_beginning(cfg: Model, params: model.GLM, router_bias_LE: Array, ids_BT: Array) -> model.Cache:
+    """A full cache of the tokens, all rows the same."""
+    ids_BT = mesh.constrain(ids_BT, "BT")
+    cache = model.empty_cache(cfg, *ids_BT.shape, stacked=False)
+    aux = model.hidden(cfg, params, router_bias_LE, ids_BT, cache=cache)
+    assert aux.cache is not None  # one went in
+    return aux.cache
+
+
 def _prefill(
     cfg: Model, new: int, params: model.GLM, router_bias_LE: Array, cache: model.Cache, read: tuple[Array, Array],
     rows: tuple[Array, Array, Array | None], rules: _Rules,
@@ -220,7 +239,10 @@ def _prefill(
     last_U1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_U)
     begun, logits_BV = aux.cache, model.head(cfg, params, last_U1D)[:, 0]
     if source_B is not None:
+        whole = {"shared_k_LKSH": begun.shared_k_LKSH, "shared_v_LKSH": begun.shared_v_LKSH}  # these have no rows
+        begun = dataclasses.replace(begun, **dict.fromkeys(whole))
         begun, logits_BV = jax.tree.map(lambda z: mesh.rows_of(z, source_B), (begun, logits_BV))
+        begun = dataclasses.replace(begun, **whole)
     state = _State(
         cache=begun,
         rows_B=mesh.constrain(uids_B, "B"),
@@ -305,6 +327,16 @@ def _completions(state: _State, rows: int, settings: Sampling) -> list[Completio
         finish = "stop" if ids and ids[-1] in settings.stop_ids else "length"
         done.append(Completion(ids, logprobs_BO[row, :count].tolist(), finish) if ids else None)
     return done
+
+
+def _begin_alike(texts: list[list[int]]) -> int:
+    """How many tokens all texts begin with, less what each needs for itself: a token to read. 0 where only one reads."""
+    different = {tuple(text) for text in texts if text}
+    if len(different) < 2:
+        return 0
+    first, last = min(different), max(different)  # in dictionary order: what these share, all share
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(alike, min(map(len, different)) - 1)
 
 
 def _batch_rows(count: int) -> int:

@@ -19,6 +19,7 @@ def attention(
     q_segments_BT: Int[Array, "B T"],
     k_segments_BS: Int[Array, "B S"],
     q_prefixes_BT: Int[Array, "B T"] | None = None,
+    shared_KSH: tuple[Float[Array, "K Z H"], Float[Array, "K Z H"]] | None = None,
     scale: float,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -26,20 +27,36 @@ def attention(
 
     With q_prefixes_BT it also sees the keys of that segment: several continuations of one prompt share its keys and
     values. A prefix has a smaller number than the segments that continue it; without one, name the query's own.
+    shared_KSH are keys and values that stand before everything and that every query sees, such as the beginning that all
+    rows of a cache have in common: held once, read once. They are the prefix then, so q_prefixes_BT must be left out.
     Segment 0 is padding: never seen, and its queries, like any query that sees no key, come out zero. Query head n
     reads key-value head n // (N / K). Scores and softmax are float32 whatever the inputs; the result has q's dtype.
     Invisible keys and values are multiplied by zero, so they must be finite. Raises ValueError for shapes that do not fit.
     """
+    if shared_KSH is not None and q_prefixes_BT is not None:
+        raise ValueError("attention: shared keys are every query's prefix; leave q_prefixes_BT out, or the shared keys")
     if q_prefixes_BT is None:
         q_prefixes_BT = q_segments_BT
     places = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT)
     _check(q_BTNH, k_BSKH, v_BSKH, *places)
+    if shared_KSH is not None:
+        _check_shared(k_BSKH, *shared_KSH)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"attention: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best"
         )
     module = IMPLEMENTATIONS[implementation or "xla"]
-    return module.attention(q_BTNH, k_BSKH, v_BSKH, *places, scale)
+    return module.attention(q_BTNH, k_BSKH, v_BSKH, *places, scale, shared_KSH)
+
+
+def _check_shared(k: Array, shared_k: Array, shared_v: Array) -> None:
+    K, H = k.shape[2:]
+    for z in (shared_k, shared_v):
+        if z.ndim != 3 or z.shape != shared_k.shape or (z.shape[0], z.shape[2]) != (K, H) or z.dtype != k.dtype:
+            raise ValueError(
+                f"attention: shared keys {shared_k.shape} {shared_k.dtype} and values {shared_v.shape} {shared_v.dtype} do "
+                f"not fit; they are [K={K}, any length, H={H}] and {k.dtype}, like the others"
+            )
 
 
 def _check(q: Array, k: Array, v: Array, *places: Array) -> None:

@@ -21,12 +21,17 @@ NEVER = jnp.iinfo(jnp.int32).max
 
 
 def attention(
-    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT, scale
-) -> Array:
+    q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT, scale,
+    shared_KSH=None,
+) -> Array:  # fmt: skip
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     if T <= FEW_QUERIES:
         see_BTS = reference.visible_BTS(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT)
-        return _few_queries(q_BTNH, k_BSKH, v_BSKH, see_BTS, scale)
+        return _few_queries(q_BTNH, k_BSKH, v_BSKH, see_BTS, q_segments_BT, scale, shared_KSH)
+    if shared_KSH is not None:
+        k_BSKH, v_BSKH, k_positions_BS, k_segments_BS, q_segments_BT, q_prefixes_BT = reference.joined(
+            shared_KSH, k_BSKH, v_BSKH, k_positions_BS, q_segments_BT, k_segments_BS
+        )
     q_BTNH, *q_at_BT = (_pad(z) for z in (q_BTNH, q_positions_BT, q_segments_BT, q_prefixes_BT))
     k_BSKH, v_BSKH, *k_at_BS = (_pad(z) for z in (k_BSKH, v_BSKH, k_positions_BS, k_segments_BS))
     q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
@@ -35,17 +40,28 @@ def attention(
     return y_BTKGH.reshape(B, -1, N, H)[:, :T].astype(q_BTNH.dtype)
 
 
-def _few_queries(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, see_BTS: Array, scale: float) -> Array:
-    """Decoding: batched over K. A cache that lies in memory as [B, K, S, H] is read in place, whatever its name here."""
+def _few_queries(q_BTNH, k_BSKH, v_BSKH, see_BTS, q_segments_BT, scale, shared_KSH) -> Array:
+    """Decoding: batched over K. A cache that lies in memory as [B, K, S, H] is read in place, whatever its name here;
+    shared keys and values are read once for all rows, in one product."""
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    score_BKTGS = (_dot(q_BKRH, k_BKSH, 3, 3) * scale).reshape(B, K, T, N // K, -1)
-    score_BKTGS = jnp.where(see_BTS[:, None, :, None], score_BKTGS, -jnp.inf)
-    top_BKTG1 = score_BKTGS.max(-1, keepdims=True)
-    p_BKTGS = jnp.exp(score_BKTGS - jnp.where(top_BKTG1 == -jnp.inf, 0, top_BKTG1))
-    total_BKTG1 = p_BKTGS.sum(-1, keepdims=True)
-    p_BKTGS = (p_BKTGS / jnp.where(total_BKTG1 == 0, 1, total_BKTG1)).astype(v_BSKH.dtype)
-    y_BKRH = _dot(p_BKTGS.reshape(B, K, T * N // K, -1), v_BKSH, 3, 2)
+
+    def seen(score_BKRS: Array, see_BTS: Array) -> Array:
+        score_BKTGS = (score_BKRS * scale).reshape(B, K, T, N // K, -1)
+        return jnp.where(see_BTS[:, None, :, None], score_BKTGS, -jnp.inf).reshape(score_BKRS.shape)
+
+    scores = [seen(_dot(q_BKRH, k_BKSH, 3, 3), see_BTS)]
+    if shared_KSH is not None:
+        score_BKRS = jnp.einsum("bkrh,ksh->bkrs", q_BKRH, shared_KSH[0], preferred_element_type=F32)
+        scores.append(seen(score_BKRS, (q_segments_BT != 0)[:, :, None]))
+    top_BKR1 = jnp.max(jnp.stack([score.max(-1, keepdims=True) for score in scores]), axis=0)
+    p_BKRS, *p_shared = (jnp.exp(score - jnp.where(top_BKR1 == -jnp.inf, 0, top_BKR1)) for score in scores)
+    total_BKR1 = sum((p.sum(-1, keepdims=True) for p in p_shared), p_BKRS.sum(-1, keepdims=True))
+    total_BKR1 = jnp.where(total_BKR1 == 0, 1, total_BKR1)
+    y_BKRH = _dot((p_BKRS / total_BKR1).astype(v_BSKH.dtype), v_BKSH, 3, 2)
+    if shared_KSH is not None:
+        p_BKRS = (p_shared[0] / total_BKR1).astype(v_BSKH.dtype)
+        y_BKRH += jnp.einsum("bkrs,ksh->bkrh", p_BKRS, shared_KSH[1], preferred_element_type=F32)
     y_BTKGH = y_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2)
     return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 

@@ -116,6 +116,21 @@ def test_continuations_of_a_shared_prompt_see_what_they_see_alone(implementation
 
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shared_keys_are_keys_that_stand_before_every_row(implementation, queries):
+    q, k, v, q_at, k_at, q_segments, k_segments = problem(Case(B=3, T=queries, S=50, N=4, K=2, H=8, padding=10))
+    shared = tuple(z[0, :17].swapaxes(0, 1) for z in problem(Case(B=1, T=17, S=17, N=4, K=2, H=8), seed=1)[1:3])
+    call = partial(kernels.attention, scale=8**-0.5, implementation=implementation)
+    at = dict(zip(("q_segments_BT", "k_segments_BS"), (q_segments, k_segments), strict=True))
+    got = call(q, k, v, q_positions_BT=q_at, k_positions_BS=k_at, **at, shared_KSH=shared)
+    k, v = (jnp.concatenate([jnp.stack([z.swapaxes(0, 1)] * 3), own], 1) for z, own in zip(shared, (k, v), strict=True))
+    k_at = np.concatenate([np.broadcast_to(np.arange(17), (3, 17)), k_at + 17], 1).astype(np.int32)
+    at["k_segments_BS"] = np.pad(k_segments, [(0, 0), (17, 0)], constant_values=1)  # one document in each row
+    want = call(q, k, v, q_positions_BT=q_at + 17, k_positions_BS=k_at, **at)
+    np.testing.assert_allclose(got, want, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient(queries, implementation):
     inputs = problem(Case(B=1, T=queries, S=20, N=2, K=1, H=8, padding=20))
     for z in value_and_gradients(*inputs, implementation):
@@ -124,6 +139,12 @@ def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient(queries, implemen
 
 def test_bad_input_names_the_rule():
     q, k, v, *at = problem(CASES["one_block"])
+    where = dict(zip(("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS"), at, strict=True))
+    shared = k[0].swapaxes(0, 1), v[0].swapaxes(0, 1)
+    with pytest.raises(ValueError, match="leave q_prefixes_BT out"):
+        kernels.attention(q, k, v, **where, q_prefixes_BT=at[2], shared_KSH=shared, scale=1.0)
+    with pytest.raises(ValueError, match="any length"):
+        kernels.attention(q, k, v, **where, shared_KSH=(k[0], v[0]), scale=1.0)
     with pytest.raises(ValueError, match="known: reference, xla"):
         value_and_gradients(q, k, v, *at, implementation="gpu")
     with pytest.raises(ValueError, match="N a multiple of K"):

@@ -248,3 +248,26 @@ def test_a_row_that_could_outgrow_its_session_is_refused_and_nothing_has_happene
     other = began(weights)
     assert [completion.ids for completion in other.turn(TURNS[0], DRAWN)] == [completion.ids for completion in first]
     assert [completion.ids for completion in other.turn(TURNS[1], DRAWN)] == [completion.ids for completion in done]
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_what_all_rows_begin_with_is_kept_once_and_changes_no_draw(weights, settings, monkeypatch):
+    beginning = [7, 8, 9, 10, 11, 12, 13, 14]
+    texts = [[*beginning, 1], [*beginning, 2, 3], [], [*beginning, 2, 3]]
+    further = [[20], [], [], [21, 22]]
+
+    def turns(least: int):
+        monkeypatch.setattr(engine, "SHARED_TOKENS", least)
+        session = began(weights)
+        done = [session.turn(texts, settings), session.turn(further, settings)]
+        return [one for turn in done for one in turn], session
+
+    shared, session = turns(8)
+    assert session._cache is not None and session._cache.shared_tokens == 8
+    apart, session = turns(9)
+    assert session._cache is not None and session._cache.shared_tokens == 0
+    for one, other in zip(shared, apart, strict=True):
+        assert (one is None) == (other is None)
+        if one and other:
+            assert one.ids == other.ids
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
