@@ -83,7 +83,8 @@ def oracle_dialogues(one: Expert) -> tuple[list["Dialogue"], list["Dialogue"]]:
         written = []
         for number, task in enumerate(tasks):
             thinking = share(number, one.sft.thinking_share)
-            messages = (*task.messages, *environment.solve(task, thinking))
+            teach = environment.slip if share(task.seed, one.sft.slips) else environment.solve
+            messages = (*task.messages, *teach(task, thinking))
             written.append(Dialogue(messages, task.tools, thinking))
         return written
 

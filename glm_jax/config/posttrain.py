@@ -18,6 +18,7 @@ class SFT:
     dialogues: int = 4096
     held_out: int = 256  # further dialogues, for the validation loss
     thinking_share: float = 1.0  # of the dialogues; the others answer directly
+    slips: float = 0.0  # share of the oracle's dialogues with a wrong step in them, as people's demonstrations have
     epochs: float = 2.0
     seq_len: int = 8192
     microbatch_rows: int = 8
@@ -32,7 +33,8 @@ class SFT:
         for name in ("dialogues", "held_out", "seq_len", "microbatch_rows", "batch_rows"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.epochs > 0, f"epochs={self.epochs} must be positive")
-        require(0 <= self.thinking_share <= 1, f"thinking_share={self.thinking_share} must lie in 0..1")
+        for name in ("thinking_share", "slips"):
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in 0..1")
         require(0 <= self.warmup_share < 1, f"warmup_share={self.warmup_share} must lie in [0, 1)")
         require(
             self.batch_rows % self.microbatch_rows == 0,
@@ -46,7 +48,7 @@ class GRPO:
 
     steps: int = 1000
     levels: tuple[int, ...] = (1,)  # of difficulty, that fresh tasks are drawn from
-    groups: int = 32  # with different rewards inside, of a step
+    groups: int = 32  # with different rewards inside, of a step, at least: with fewer it samples again
     oversample: float = 2.0  # tasks sampled in a round, for each group that is wanted
     rounds: int = 3  # of sampling at most, while too few groups have different rewards
     group_size: int = 8

@@ -18,6 +18,8 @@ ITEMS: tuple[str, ...] = (
     "milk", "shoe", "coat", "boat", "drum", "flag", "cake", "corn", "rose", "seed",
     "soap", "comb", "fork", "bowl", "doll", "kite", "nail", "salt", "tape", "wire",
 )  # fmt: skip
+BOXES = range(10, 100)
+MOST_GUESSED = 6
 MOST_CALLS = 8  # in one turn
 MOST_WORDS = 8  # of the last turn after a change
 SPARE_TURNS = 2  # beyond the oracle's
@@ -55,10 +57,10 @@ KINDS: dict[int, dict[str, Kind]] = {
         "count": Kind("How many things are in the box of the {0}?", 1, find=(0,), counts=(0,)),
     },
     2: {
-        "both": Kind("Put the {0} and the {1} in the box of the {2}.", 3, find=(2,), moves=((0, 2), (1, 2))),
         "swap": Kind("Swap the {0} and the {1}.", 2, find=(0, 1), moves=((0, 1), (1, 0))),
     },
     3: {
+        "both": Kind("Put the {0} and the {1} in the box of the {2}.", 3, find=(2,), moves=((0, 2), (1, 2))),
         "pairs": Kind(
             "Put the {0} in the box of the {1} and the {2} in the box of the {3}.",
             4,
@@ -107,20 +109,29 @@ class Agent(Environment):
 
     def solve(self, task: Task, thinking: bool = True) -> list[Message]:
         """Look for all boxes in one turn, act in the next, answer in the third."""
+        return self._play(task, thinking, None)
+
+    def slip(self, task: Task, thinking: bool = True) -> list[Message]:
+        """The last call is forgotten: what remains to be told is a guess."""
+        return self._play(task, thinking, self.random(task.seed, task.level))
+
+    def _play(self, task: Task, thinking: bool, slip: Random | None) -> list[Message]:
         kind, items = KINDS[task.level][task.kind], task.answer.items
         box = {i: task.answer.store[items[i]] for i in kind.find}
         looks = [("find", {"item": items[i]}) for i in kind.find]
         acts = [("move", {"item": items[item], "box": box[target]}) for item, target in kind.moves]
         acts += [("count", {"box": box[i]}) for i in kind.counts]
+        if slip:
+            acts.pop()
         found = ", ".join(f"the {items[i]} is in box {box[i]}" for i in kind.find)
         counts = task.answer.counts
-        total = sum(counts.values())
+        total = slip.randint(1, MOST_GUESSED) if slip else sum(counts.values())
         result = "It is done." if kind.moves else f"{' + '.join(map(str, counts.values()))} = {total}."
         if len(counts) == 1:
             result = f"There are {total}."
         dialogue = [
             said("", "I look for " + " and ".join(f"the {items[i]}" for i in kind.find) + ".", thinking, looks),
-            said("", found[0].upper() + found[1:] + ".", thinking, acts),
+            *([said("", found[0].upper() + found[1:] + ".", thinking, acts)] if acts else []),
             said("Done." if kind.moves else str(total), result, thinking),
         ]
         episode = self.start(task)
@@ -134,7 +145,7 @@ class Agent(Environment):
 def _store(random: Random, kind: Kind) -> tuple[tuple[str, ...], dict[str, int]]:
     """The question's items in boxes of their own, and others among them so that a count says something."""
     names = random.sample(ITEMS, kind.items + random.randint(4, 10))
-    boxes = random.sample(range(10, 100), kind.items + 1)
+    boxes = random.sample(BOXES, kind.items + 1)
     items = tuple(names[: kind.items])
     store = dict(zip(items, boxes, strict=False))
     store |= {name: random.choice(boxes) for name in names[kind.items :]}

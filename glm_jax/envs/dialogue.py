@@ -53,8 +53,17 @@ class Dialogue(Environment):
         return Request(task)
 
     def solve(self, task: Task, thinking: bool = True) -> list[Message]:
+        return self._answer(task, task.answer["text"], thinking)
+
+    def slip(self, task: Task, thinking: bool = True) -> list[Message]:
+        """The right plan, and a text with a word less: its length is always asked for."""
+        words = task.answer["text"].split(" ")
+        words.pop(self.random(task.seed, task.level).randrange(1, len(words) - 1))
+        return self._answer(task, " ".join(words), thinking)
+
+    def _answer(self, task: Task, text: str, thinking: bool) -> list[Message]:
         plan = ", ".join(CONSTRAINTS[name].plan.format(**arguments) for name, arguments in task.answer["constraints"])
-        return [said(task.answer["text"], plan[0].upper() + plan[1:] + ".", thinking)]
+        return [said(text, plan[0].upper() + plan[1:] + ".", thinking)]
 
 
 class Request(Episode):

@@ -7,6 +7,7 @@ learn: every intermediate result stands on the page.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from glm_jax.envs.task import Environment, Episode, Message, Task, Turn, ended, failed, said
@@ -18,20 +19,35 @@ class Kind:
     dataset: str  # reasoning-gym's name
     levels: dict[int, dict[str, Any]]  # level -> reasoning-gym's configuration
     steps: Callable[[dict[str, Any]], str]  # an entry's metadata -> what the oracle writes while thinking
+    slip: Callable[[dict[str, Any]], str]  # and a wrong conclusion from it
+
+
+def _totals(metadata: dict[str, Any]) -> list[int]:
+    """The first number, and the total after every step."""
+    first, *rest = metadata["expression"].split()
+    signed = (int(term) if sign == "+" else -int(term) for sign, term in zip(rest[::2], rest[1::2], strict=True))
+    return list(accumulate([int(first), *signed]))
 
 
 def _sum_steps(metadata: dict[str, Any]) -> str:
-    first, *rest = metadata["expression"].split()
-    total, lines = int(first), []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        result = total + int(term) if sign == "+" else total - int(term)
-        lines.append(f"{total} {sign} {term} = {result}")
-        total = result
-    return "\n".join(lines)
+    totals, rest = _totals(metadata), metadata["expression"].split()[1:]
+    steps = zip(totals, rest[::2], rest[1::2], totals[1:], strict=False)
+    return "\n".join(f"{total} {sign} {term} = {result}" for total, sign, term, result in steps)
+
+
+def _sum_slip(metadata: dict[str, Any]) -> str:
+    """The total before the last step, or one more where that is the same."""
+    *_, before, total = _totals(metadata)
+    return str(before if before != total else total + 1)
 
 
 def _spelling_steps(metadata: dict[str, Any]) -> str:
     return " ".join(metadata["word"]) + "\n" + " ".join(metadata["word"][::-1])
+
+
+def _spelling_slip(metadata: dict[str, Any]) -> str:
+    """The last letter is lost."""
+    return metadata["word"][:0:-1]
 
 
 def _counting_steps(metadata: dict[str, Any]) -> str:
@@ -48,24 +64,30 @@ def _counting_steps(metadata: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _counting_slip(metadata: dict[str, Any]) -> str:
+    """The last hit is lost, or one seen where there is none."""
+    count = "".join(metadata["span"]).lower().count(metadata["target_letter"])
+    return str(count - 1 if count else 1)
+
+
 KINDS: dict[str, Kind] = {
     "sum": Kind(
         "chain_sum",
         {
             1: {"min_terms": 2, "max_terms": 3, "max_digits": 1},
-            2: {"min_terms": 4, "max_terms": 4, "max_digits": 1},
+            2: {"min_terms": 3, "max_terms": 4, "max_digits": 1},
             3: {"min_terms": 5, "max_terms": 5, "max_digits": 1},
         },
         _sum_steps,
+        _sum_slip,
     ),
     "spell": Kind(
         "spell_backward",
         {
-            1: {"min_word_len": 3, "max_word_len": 4},
-            2: {"min_word_len": 5, "max_word_len": 6},
-            3: {"min_word_len": 7, "max_word_len": 7},
+            3: {"min_word_len": 3, "max_word_len": 4},  # the letters of every token by heart: the hardest of the three
         },
         _spelling_steps,
+        _spelling_slip,
     ),
     "count": Kind(
         "letter_counting",
@@ -75,6 +97,7 @@ KINDS: dict[str, Kind] = {
             3: {"min_words": 4, "max_words": 5},
         },
         _counting_steps,
+        _counting_slip,
     ),
 }
 
@@ -101,7 +124,7 @@ class Reasoning(Environment):
 
     def task(self, seed: int, level: int) -> Task:
         random = self.random(seed, level)
-        kind = random.choice(sorted(KINDS))
+        kind = random.choice(sorted(name for name, kind in KINDS.items() if level in kind.levels))
         entry = _dataset(kind, level)[random.getrandbits(31)]
         while not _plain(entry):
             entry = _dataset(kind, level)[random.getrandbits(31)]
@@ -113,6 +136,11 @@ class Reasoning(Environment):
 
     def solve(self, task: Task, thinking: bool = True) -> list[Message]:
         return [said(task.answer["answer"], KINDS[task.kind].steps(task.answer["metadata"]), thinking)]
+
+    def slip(self, task: Task, thinking: bool = True) -> list[Message]:
+        """The right steps and the wrong conclusion."""
+        kind, metadata = KINDS[task.kind], task.answer["metadata"]
+        return [said(kind.slip(metadata), kind.steps(metadata), thinking)]
 
 
 class Answer(Episode):

@@ -77,6 +77,13 @@ class Environment(ABC):
     def solve(self, task: Task, thinking: bool = True) -> list[Message]:
         """The oracle's continuation: assistant turns, and the tool turns between them."""
 
+    def slip(self, task: Task, thinking: bool = True) -> list[Message]:
+        """What `solve` gives, with one step wrong and all that follows from it, as people's demonstrations have it.
+        It earns nothing: imitation goes no further than its teacher, reinforcement does."""
+        raise ConfigError(
+            f"environment {self.name} has no slip, the dialogue with a wrong step: set sft.slips to 0, or write one"
+        )
+
     def random(self, seed: int, level: int) -> random.Random:
         """The task's own randomness: the same in every process, different for each environment, level and seed."""
         if level not in self.levels:

@@ -183,10 +183,10 @@ def rl_runs(story: Story) -> list[dict[str, Any]]:
     for each in story.trained:
         if not each.is_rl:
             continue
-        names = ("sampled_tokens", "groups", "groups_varying", "groups_trained")
+        names = ("sampled_tokens", "groups", "groups_varying")
         total = {name: sum(step[name] for step in each.steps) for name in names}
         worst = {name: max(step[field] for step in each.steps) for name, field in MISMATCH.items()}
-        clipped = float(np.mean([step["clipped"] for step in each.steps if step["groups_trained"]] or [0.0]))
+        clipped = float(np.mean([step["clipped"] for step in each.steps if step["groups_varying"]] or [0.0]))
         seconds = each.result.get("seconds", each.steps[-1]["seconds"])
         about = {"name": each.domain, "steps": len(each.steps), "seconds": seconds, "clipped": clipped}
         rows.append({**about, **total, **worst, "curriculum": each.curriculum[-1] if each.curriculum else None})

@@ -69,7 +69,7 @@ def _label(each: Trained) -> str:
 def _lines(ax: Axes, rl: Sequence[Trained], story: Story, field: str, *, learning: bool = False) -> None:
     """Every step faintly, an average on top; `learning`: only the steps in which there was something to learn."""
     for each in rl:
-        steps = [step for step in each.steps if step["groups_trained"] or not learning]
+        steps = [step for step in each.steps if step["groups_varying"] or not learning]
         _smoothed(ax, each, story, steps, np.array([step[field] for step in steps], float))
     ax.set_ylim(bottom=0)
     ax.legend(ncols=2)
@@ -105,7 +105,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
     """Means drawn through, greatest values dashed, and the two bounds."""
     least = MOST_MISMATCH["mean"]
     for each in rl:
-        steps = [step for step in each.steps if step["groups_trained"]]
+        steps = [step for step in each.steps if step["groups_varying"]]
         if not steps:
             continue
         x = np.array([step["step"] for step in steps], float)

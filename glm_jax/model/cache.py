@@ -52,9 +52,7 @@ def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cac
     cache = Cache(layers(), layers(), zeros("BS", rows, capacity), zeros("BS", rows, capacity), zeros("B", rows))
     if begun is None:
         return cache
-    k_LKSH, v_LKSH = (
-        tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH)
-    )
+    k_LKSH, v_LKSH = (tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH))
     return dataclasses.replace(
         cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH
     )

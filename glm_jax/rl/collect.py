@@ -38,14 +38,13 @@ class Collected:
             "sampled_tokens": sum(s.drawn for s in samples),
             "groups": len(self.groups),
             "groups_varying": sum(map(varies, self.groups)),
-            "groups_trained": len(self.kept),
             "rounds": self.rounds,
             "reasons": dict(Counter(s.reason for s in samples).most_common()),
         }
 
 
 def collect(policy: Policy, problems: Problems, settings: GRPO, seed: int, group_size: int | None = None) -> Collected:
-    """Sample groups until `settings.groups` of them vary, in `settings.rounds` rounds at most.
+    """Sample groups until `settings.groups` of them vary, in `settings.rounds` rounds at most; all that vary are kept.
 
     A round samples `oversample` times what is wanted, always the same number of answers, so that nothing recompiles.
     With a larger `group_size` there are as many fewer groups.
@@ -60,7 +59,6 @@ def collect(policy: Policy, problems: Problems, settings: GRPO, seed: int, group
         found.groups += groups
         found.kept += [group for group in groups if varies(group)]
         found.rounds += 1
-    found.kept = found.kept[:wanted]
     return found
 
 

@@ -77,6 +77,17 @@ def test_the_oracle_solves_1000_tasks_in_both_modes_written_and_parsed(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_slip_reads_like_a_solution_and_earns_nothing(name):
+    env = get(name)
+    for task in tasks(env, 300):
+        turns = env.slip(task)
+        assert turns == env.slip(task) != env.solve(task)
+        assert turns[0].get("tool_calls") == env.solve(task)[0].get("tool_calls")  # it begins like one
+        last = play(env, task, [written(turn) for turn in turns if turn["role"] == "assistant"])
+        assert (last.done, last.reward) == (True, 0.0), turns
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_levels_grow_harder_and_every_kind_occurs(name):
     env, lengths = get(name), []
     for level in env.levels:

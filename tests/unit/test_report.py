@@ -136,7 +136,7 @@ def _rl_log(number: int) -> list[dict]:
     rng, log = np.random.default_rng(number), []
     for i in range(30):
         told = {"reward": 0.3 + 0.015 * i, "length": 40 + rng.normal(), "sampled_tokens": 1000, "groups": 8}
-        told |= {"groups_varying": 5, "groups_trained": 0 if i == 5 else 4, "rounds": 1, "reasons": {"solved": 3}}
+        told |= {"groups_varying": 0 if i == 5 else 4, "rounds": 1, "reasons": {"solved": 3}}
         learnt = {"loss": 0.1, "lr": 1e-3, "entropy": 0.5 - 0.01 * i, "seconds": 2.0 * i}
         learnt |= {"mismatch_mean": 1e-7 * (number + 1), "mismatch_max": 1e-6 * (number + 1), "k3": 1e-12}
         log.append({"kind": "step", "step": i + 1, **told, **learnt, **({} if i == 5 else {"clipped": 0.02})})

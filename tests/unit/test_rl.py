@@ -469,10 +469,10 @@ def test_groups_without_variance_are_replaced_by_further_rounds(policy):
     found = collect(policy, Problems([("lottery", 1)]), SETTINGS, seed=4)
     assert found.rounds > 1 and len(found.groups) == 4 * found.rounds  # a round is always as large
     assert any(not varies(group) for group in found.groups)
-    assert all(map(varies, found.kept)) and len(found.kept) == SETTINGS.groups
-    assert found.kept == [group for group in found.groups if varies(group)][: SETTINGS.groups]
+    assert len(found.kept) >= SETTINGS.groups
+    assert found.kept == [group for group in found.groups if varies(group)]
     told = found.told()
-    assert (told["groups"], told["groups_trained"], told["rounds"]) == (len(found.groups), 4, found.rounds)
+    assert (told["groups"], told["rounds"]) == (len(found.groups), found.rounds)
     assert told["groups_varying"] == sum(map(varies, found.groups))
     assert sum(told["reasons"].values()) == len(found.samples) == 4 * len(found.groups)
     assert told["sampled_tokens"] == sum(sample.drawn for sample in found.samples)
@@ -502,7 +502,7 @@ def test_larger_groups_are_as_many_fewer(policy):
     settings = dataclasses.replace(SETTINGS, groups=8, group_size=2)
     found: Collected = collect(policy, Problems([("lottery", 1)]), settings, seed=3, group_size=4)
     assert len(found.groups) == 4 * found.rounds and all(len(group) == 4 for group in found.groups)
-    assert len(found.kept) == 4
+    assert len(found.kept) >= 4
 
 
 def test_problems_are_training_tasks_that_take_turns():
