@@ -3,7 +3,8 @@
     python -m experiments.posttrain --from runs/a
 
 For each expert of the recipe: cold-start SFT from the mid-trained model, as much more SFT as RL will sample (the control
-that RL must beat), GRPO. Then unification: rejection sampling, SFT from the mid-trained model, general RL. Every checkpoint
+that RL must beat), GRPO; with --post.self_distillation a second round, whose cold start is the expert's own accepted
+answers and whose RL has harder tasks (DOMAIN/sft2, DOMAIN/rl2). Then unification: rejection sampling, SFT from the mid-trained model, general RL. Every checkpoint
 is scored on held-out tasks. Run it again to go on where it was interrupted: what has been made is skipped.
 """
 
@@ -48,7 +49,12 @@ def parts(run: Run, folder: Path) -> Iterator[Part]:
         yield f"{one.domain}/sft/result.json", partial(cold_start, run, one, base, home / "sft")
         yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, home)
         yield f"{one.domain}/control/result.json", partial(control, run, one, home)
-        for name in ("sft", "rl", "control"):
+        names = ["sft", "rl", "control"]
+        if run.post.self_distillation:
+            yield f"{one.domain}/sft2/result.json", partial(unify.cold_start_again, run, one, folder)
+            yield f"{one.domain}/rl2/result.json", partial(reinforce_again, run, one, home)
+            names += ["sft2", "rl2"]
+        for name in names:
             for level in (run.post.evaluation.level, run.post.evaluation.harder_level):
                 yield score(folder, f"{one.domain}/{name}", one.domain, level, True)
     if not run.post.experts:
@@ -73,6 +79,16 @@ def reinforce(run: Run, one: Expert, home: Path) -> dict[str, Any]:
     from experiments import grpo
 
     return grpo.train(run, one.grpo, [(one.domain, level) for level in one.grpo.levels], home / "rl", home / "sft")
+
+
+def reinforce_again(run: Run, one: Expert, home: Path) -> dict[str, Any]:
+    """The second round's RL: each level one harder, where the environment has it."""
+    from experiments import grpo
+    from glm_jax import envs
+
+    known = envs.get(one.domain).levels
+    levels = dict.fromkeys(level + 1 if level + 1 in known else level for level in one.grpo.levels)
+    return grpo.train(run, one.grpo, [(one.domain, level) for level in levels], home / "rl2", home / "sft2")
 
 
 def control(run: Run, one: Expert, home: Path) -> dict[str, Any]:

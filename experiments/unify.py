@@ -46,7 +46,8 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     out = folder / "unified" / "sft"
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
-    accepted = {one.domain: answers(run, one, folder / one.domain / "rl") for one in run.post.experts}
+    last = "rl2" if run.post.self_distillation else "rl"
+    accepted = {one.domain: answers(run, one, folder / one.domain / last) for one in run.post.experts}
     counts = {domain: found.record() for domain, found in accepted.items()}
     checkpoint.write_json(folder / "unified" / REJECTION_FILE, counts)
     for domain, count in counts.items():
@@ -61,6 +62,21 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
         print(f"nothing was accepted of {', '.join(empty)}: the unified model is not taught it", flush=True)
     training, validation = split(accepted, run.post.unify.direct_share, run.post.unify.sft.held_out)
     return sft.train(run, run.post.unify.sft, training, validation, out, checkpoint.stage_folder(folder))
+
+
+def cold_start_again(run: Run, one: Expert, folder: Path) -> dict[str, Any]:
+    """Iterative self-distillation (report, section 3.3): the mid-trained model fine-tuned on an expert's own accepted
+    answers, in RUN/DOMAIN/sft2."""
+    from glm_jax.train import checkpoint
+
+    home = folder / one.domain
+    found = answers(run, one, home / "rl")
+    if not found.samples:
+        raise ConfigError(
+            f"no answer of {home / 'rl'} was accepted, so there is nothing to distil; train it for longer"
+        )
+    training, validation = split({one.domain: found}, 0.0, one.sft.held_out)
+    return sft.train(run, one.sft, training, validation, home / "sft2", checkpoint.stage_folder(folder))
 
 
 def reinforce(run: Run, folder: Path) -> dict[str, Any]:

@@ -58,15 +58,15 @@ def posttrain() -> Posttrain:
     The teacher of the cold starts slips in some of its dialogues: that is what imitation cannot get rid of, and RL can.
     """
     sft = SFT(
-        dialogues=3200, held_out=192, slips=0.3, epochs=3, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
+        dialogues=3200, held_out=192, slips=0.3, epochs=5, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
         final_lr=4e-4, optim=Optim(ns_dtype="float32"),
     )  # fmt: skip
     grpo = GRPO(
-        steps=48, levels=(1, 2), groups=12, oversample=8 / 3, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=256,
-        microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.125, hard_attempts=32, hard_pool=32,
+        steps=60, levels=(1, 2), groups=12, oversample=8 / 3, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=256,
+        microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.1, hard_attempts=32, hard_pool=32,
         optim=Optim(name="adamw", adam_b2=0.98, weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, max_new_tokens=72, max_tokens=144)
+    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=1, batch_rows=1)
     agent = replace(
         grpo, steps=24, groups=6, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2, hard_pool=16

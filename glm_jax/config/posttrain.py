@@ -149,6 +149,7 @@ class Posttrain:
     """From the mid-trained model to the final one (report, section 3)."""
 
     experts: tuple[Expert, ...] = ()  # none: the run ends with mid-training
+    self_distillation: bool = False  # a second round of each expert: cold start from its own RL's answers, RL again
     unify: Unify = Unify()
     evaluation: Evaluation = Evaluation()
 

@@ -130,6 +130,7 @@ def _unified(story: Story, domain: str, level: int) -> dict[str, Any] | None:
         return None
     last = story.score(story.final, domain, level)
     sft, rl = (story.score(f"{domain}-{name}", domain, level) for name in (SFT, RL))
+    rl = story.score(f"{domain}-{RL}2", domain, level) or rl  # of a second round
     if last is None or sft is None or rl is None:
         return None
     score, before, best = (scores.pass_at_1(each)[0] for each in (last, sft, rl))
