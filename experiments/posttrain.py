@@ -4,8 +4,9 @@
 
 For each expert of the recipe: cold-start SFT from the mid-trained model, as much more SFT as RL will sample (the control
 that RL must beat), GRPO; with --post.self_distillation a second round, whose cold start is the expert's own accepted
-answers and whose RL has harder tasks (DOMAIN/sft2, DOMAIN/rl2). Then unification: rejection sampling, SFT from the mid-trained model, general RL. Every checkpoint
-is scored on held-out tasks. Run it again to go on where it was interrupted: what has been made is skipped.
+answers and whose RL has harder tasks (DOMAIN/sft2, DOMAIN/rl2). Then unification: rejection sampling, SFT from the
+mid-trained model, general RL. Every checkpoint is scored on held-out tasks. Run it again to go on where it was
+interrupted: what has been made is skipped.
 """
 
 import dataclasses
