@@ -36,8 +36,9 @@ def block(
     at: Places,
     cache: Cache | None = None,
     layer: Array | int = 0,
+    experts_BTA: Array | None = None,
 ) -> tuple[Array, Cache | None, Routing | None]:
-    """A dense layer (no routing comes back) or an MoE layer, by the class of `p`."""
+    """A dense layer (no routing comes back) or an MoE layer, by the class of `p`; experts_BTA as in `moe`."""
     p = mesh.gather(p, declare(type(p), cfg), cfg.dtype)
     y_BTD, cache = attention(cfg, p.attention, rms_norm(x_BTD, p.attention_norm_D, cfg.norm_eps), at, cache, layer)
     x_BTD = x_BTD + y_BTD
@@ -45,5 +46,5 @@ def block(
     if isinstance(p.ffn, Dense):
         return x_BTD + dense(p.ffn, h_BTD), cache, None
     assert bias_E is not None  # an MoE layer has its row of router_bias_LE
-    y_BTD, routing = moe(cfg, p.ffn, bias_E, h_BTD, at.segments_BT > 0)
+    y_BTD, routing = moe(cfg, p.ffn, bias_E, h_BTD, at.segments_BT > 0, experts_BTA)
     return x_BTD + y_BTD, cache, routing

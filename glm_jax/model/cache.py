@@ -17,17 +17,20 @@ class Cache:
 
     Heads stand before slots, as the products of attention read them. The layers are one array, or a tuple of one each
     where the parameters are unstacked: a step then reads and writes them in place.
-    `shared_*` are keys and values, by layer, of what all rows begin with: held once, before the slots; `length_B` counts
-    them too. `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
+    `shared_*` belong to what all rows begin with: held once, by layer, before the slots; `length_B` counts it too.
+    `experts_BSLA` are the experts that each token took in the MoE layers, -1 where none has been read.
+    `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
     """
 
     k_LBKSH: Array | tuple[Array, ...]
     v_LBKSH: Array | tuple[Array, ...]
     positions_BS: Array
     segments_BS: Array
+    experts_BSLA: Array
     length_B: Array
     shared_k_LKSH: tuple[Array, ...] | None = None
     shared_v_LKSH: tuple[Array, ...] | None = None
+    shared_experts_SLA: Array | None = None
 
     @property
     def shared_tokens(self) -> int:
@@ -49,13 +52,16 @@ def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cac
             return zeros("LBKSH", cfg.L, *shape, dtype=cfg.dtype)
         return tuple(zeros("BKSH", *shape, dtype=cfg.dtype) for _ in range(cfg.L))
 
-    cache = Cache(layers(), layers(), zeros("BS", rows, capacity), zeros("BS", rows, capacity), zeros("B", rows))
+    none_BSLA = zeros("BSLA", rows, capacity, cfg.moe_layers, cfg.A, dtype=jnp.int16) - 1
+    where = (zeros("BS", rows, capacity), zeros("BS", rows, capacity))
+    cache = Cache(layers(), layers(), *where, none_BSLA, zeros("B", rows))
     if begun is None:
         return cache
     k_LKSH, v_LKSH = (tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH))
     return dataclasses.replace(
-        cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH
-    )
+        cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH,
+        shared_experts_SLA=mesh.constrain(begun.experts_BSLA, "LSLA")[0],
+    )  # fmt: skip
 
 
 def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
@@ -98,9 +104,18 @@ def read(cache: Cache, layer: Array | int) -> tuple[Array, Array]:
     return cache.k_LBKSH[layer].swapaxes(1, 2), cache.v_LBKSH[layer].swapaxes(1, 2)
 
 
-def advance(cache: Cache, segments_BT: Array) -> Cache:
-    """Count the real tokens that have been written."""
-    return dataclasses.replace(cache, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32))
+def advance(cache: Cache, segments_BT: Array, experts_BTLA: Array) -> Cache:
+    """Note the experts of the tokens that have been written, and count the real ones."""
+
+    def write(old_BSLA: Array, length_B: Array, new_BTLA: Array) -> Array:
+        return old_BSLA.at[_slots(length_B, new_BTLA)].set(new_BTLA, mode="drop")
+
+    new_BTLA = experts_BTLA.astype(cache.experts_BSLA.dtype)
+    write = mesh.per_shard(write, ("BSLA", "B", "BTLA"), "BSLA")
+    experts_BSLA = write(cache.experts_BSLA, _used_B(cache), new_BTLA)
+    return dataclasses.replace(
+        cache, experts_BSLA=experts_BSLA, length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+    )
 
 
 def _used_B(cache: Cache) -> Array:

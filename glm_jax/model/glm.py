@@ -37,13 +37,15 @@ class GLM:
 
 @struct.dataclass
 class Aux:
-    """Beside the logits: expert load and balance loss per MoE layer (the MTP layer's last), the cache, hidden states."""
+    """Beside the logits: expert load and balance loss per MoE layer (the MTP layer's last), the cache, hidden states,
+    and the experts that each token took, in the layers before the MTP layer."""
 
     load_LE: Array
     balance_L: Array
     hidden_BTD: Array
     mtp_hidden_BTD: Array | None
     cache: kv.Cache | None
+    experts_LBTA: Array
 
 
 def specs(cfg: Model) -> GLM:
@@ -71,6 +73,7 @@ def forward(  # noqa: PLR0913 (where tokens stand is four arrays, all optional)
     segments_BT: Array | None = None,
     prefixes_BT: Array | None = None,
     next_ids_BT: Array | None = None,
+    experts_BTLA: Array | None = None,
     cache: kv.Cache | None = None,
 ) -> tuple[Array, Aux]:
     """Logits of the next token, float32 [B, T, V], and `Aux`.
@@ -78,11 +81,12 @@ def forward(  # noqa: PLR0913 (where tokens stand is four arrays, all optional)
     positions_BT restart in every document of a packed row; segments_BT number the documents (0: padding). By default
     a row is one document, continued from the cache if there is one. A segment may continue an earlier one, named in
     prefixes_BT, which several share: its positions go on from there. With next_ids_BT the MTP layer runs too.
+    experts_BTLA are choices of an earlier computation of these tokens, to be made again (-1: choose here).
     """
     aux = hidden(
         cfg, params, router_bias_LE, ids_BT,
         positions_BT=positions_BT, segments_BT=segments_BT, prefixes_BT=prefixes_BT,
-        next_ids_BT=next_ids_BT, cache=cache,
+        next_ids_BT=next_ids_BT, experts_BTLA=experts_BTLA, cache=cache,
     )  # fmt: skip
     return head(cfg, params, aux.hidden_BTD), aux
 
@@ -97,6 +101,7 @@ def hidden(  # noqa: PLR0913 (as forward)
     segments_BT: Array | None = None,
     prefixes_BT: Array | None = None,
     next_ids_BT: Array | None = None,
+    experts_BTLA: Array | None = None,
     cache: kv.Cache | None = None,
 ) -> Aux:
     """`forward` without the head: what a loss reads that never wants all logits at once."""
@@ -115,9 +120,11 @@ def hidden(  # noqa: PLR0913 (as forward)
     table_VD = mesh.gather(params.embed_VD, specs(cfg).embed_VD, cfg.dtype)
     x_BTD = embed(table_VD, ids_BT)
     x_BTD, cache, _ = _layers(cfg, params.dense, None, x_BTD, at, cache, 0)
+    given_LBTA = None if experts_BTLA is None else jnp.moveaxis(mesh.constrain(experts_BTLA, "BTLA"), 2, 0)
     x_BTD, cache, routing = _layers(
-        cfg, params.moe, router_bias_LE[: cfg.moe_layers], x_BTD, at, cache, cfg.dense_layers
+        cfg, params.moe, router_bias_LE[: cfg.moe_layers], x_BTD, at, cache, cfg.dense_layers, given_LBTA
     )
+    experts_LBTA = jnp.zeros((0, *ids_BT.shape, cfg.A), jnp.int32) if routing is None else routing.experts_BTA
     hidden_BTD = rms_norm(x_BTD, params.norm_D, cfg.norm_eps)
 
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
@@ -129,9 +136,9 @@ def hidden(  # noqa: PLR0913 (as forward)
         jnp.concatenate([getattr(r, name) for r in routings]) if routings else jnp.zeros((0, *tail))
         for name, tail in (("load_E", (cfg.E,)), ("balance", ()))
     )
-    return Aux(
-        load_LE, balance_L, hidden_BTD, mtp_hidden_BTD, kv.advance(cache, segments_BT) if cache is not None else None
-    )
+    if cache is not None:
+        cache = kv.advance(cache, segments_BT, jnp.moveaxis(experts_LBTA, 0, 2))
+    return Aux(load_LE, balance_L, hidden_BTD, mtp_hidden_BTD, cache, experts_LBTA)
 
 
 def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
@@ -158,27 +165,31 @@ def unstack(params: GLM) -> GLM:
 
 
 def _layers(
-    cfg: Model, stack: Any, bias_LE: Array | None, x_BTD: Array, at: Places, cache: kv.Cache | None, first: int
-) -> tuple[Array, kv.Cache | None, Routing | None]:
+    cfg: Model, stack: Any, bias_LE: Array | None, x_BTD: Array, at: Places, cache: kv.Cache | None, first: int,
+    given_LBTA: Array | None = None,
+) -> tuple[Array, kv.Cache | None, Routing | None]:  # fmt: skip
     """Run layers of one kind: scanned and rematerialised where stacked, one by one where not."""
     if stack is None:
         return x_BTD, cache, None
 
     def step(carry, layer):
         x_BTD, cache = carry
-        p, bias_E, number = layer
-        x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number)
+        p, bias_E, number, given_BTA = layer
+        x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number, given_BTA)
         return (x_BTD, cache), routing
 
     if isinstance(stack, tuple):
         routings = []
         for i, p in enumerate(stack):
-            (x_BTD, cache), routing = step((x_BTD, cache), (p, None if bias_LE is None else bias_LE[i], first + i))
+            bias_E, given_BTA = (None if z is None else z[i] for z in (bias_LE, given_LBTA))
+            (x_BTD, cache), routing = step((x_BTD, cache), (p, bias_E, first + i, given_BTA))
             routings.append(routing)
         return x_BTD, cache, jax.tree.map(lambda *z: jnp.stack(z), *routings)
 
     if cfg.remat == "layer" and cache is None:
         step = partial(jax.checkpoint, prevent_cse=False)(step)
     depth = jax.tree.leaves(stack)[0].shape[0]
-    (x_BTD, cache), routing = jax.lax.scan(step, (x_BTD, cache), (stack, bias_LE, first + jnp.arange(depth)))
+    (x_BTD, cache), routing = jax.lax.scan(
+        step, (x_BTD, cache), (stack, bias_LE, first + jnp.arange(depth), given_LBTA)
+    )
     return x_BTD, cache, routing

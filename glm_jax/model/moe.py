@@ -38,10 +38,11 @@ class MoE:
 
 @struct.dataclass
 class Routing:
-    """What one MoE layer did: tokens each expert got, and the sequence balance loss before its weight."""
+    """What one MoE layer did: tokens each expert got, the sequence balance loss before its weight, and its choices."""
 
     load_E: Array
     balance: Array
+    experts_BTA: Array
 
 
 def dense(p: Dense, x_BTD: Array) -> Array:
@@ -54,10 +55,13 @@ def shared(p: Shared, x_BTD: Array) -> Array:
     return jnp.einsum("btm,md->btd", h_BTM, p.down_MD)
 
 
-def moe(cfg: Model, p: MoE, bias_E: Array, x_BTD: Array, real_BT: Array) -> tuple[Array, Routing]:
-    """Routed experts plus the unscaled, ungated shared expert. `real_BT` is False on padding, which counts nowhere."""
+def moe(
+    cfg: Model, p: MoE, bias_E: Array, x_BTD: Array, real_BT: Array, given_BTA: Array | None = None
+) -> tuple[Array, Routing]:
+    """Routed experts plus the unscaled, ungated shared expert. `real_BT` is False on padding, which counts nowhere.
+    `given_BTA`: experts chosen earlier, as `choose` takes them."""
     scores_BTE = jax.nn.sigmoid(jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p.router_DE.astype(jnp.float32)))
-    experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E)
+    experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E, given_BTA)
     y_BTD = routed_experts(
         x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD, implementation=cfg.implementation
     )
@@ -68,15 +72,19 @@ def moe(cfg: Model, p: MoE, bias_E: Array, x_BTD: Array, real_BT: Array) -> tupl
     if cfg.balance_on == "unbiased":
         counted_BTE = _chosen(cfg, jax.lax.top_k(scores_BTE, cfg.A)[1])
     load_E = jnp.sum(chosen_BTE * real_BT[..., None], axis=(0, 1))
-    return y_BTD, Routing(load_E, balance_loss(cfg, scores_BTE, counted_BTE, real_BT))
+    return y_BTD, Routing(load_E, balance_loss(cfg, scores_BTE, counted_BTE, real_BT), experts_BTA)
 
 
-def choose(cfg: Model, scores_BTE: Array, bias_E: Array) -> tuple[Array, Array, Array]:
+def choose(cfg: Model, scores_BTE: Array, bias_E: Array, given_BTA: Array | None = None) -> tuple[Array, Array, Array]:
     """Top-A of score + bias; weights are the chosen scores, normalised and scaled, without the bias.
 
+    Experts in given_BTA are taken instead, where they are not negative: two computations of one token that differ in
+    their last bits choose differently where two scores are almost equal.
     Returns experts_BTA (int32), chosen_BTE (1 where chosen, float32) and weights_BTA (float32).
     """
     experts_BTA = jax.lax.top_k(scores_BTE + bias_E, cfg.A)[1]
+    if given_BTA is not None:
+        experts_BTA = jnp.where(given_BTA >= 0, given_BTA.astype(experts_BTA.dtype), experts_BTA)
     onehot_BTAE = jax.nn.one_hot(experts_BTA, cfg.E)  # a sum, not a gather: no index crosses devices
     picked_BTA = jnp.sum(onehot_BTAE * scores_BTE[:, :, None, :], axis=-1)
     weights_BTA = cfg.routed_scale * picked_BTA / (jnp.sum(picked_BTA, axis=-1, keepdims=True) + 1e-20)

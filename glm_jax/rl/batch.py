@@ -30,20 +30,29 @@ class Unit(NamedTuple):
 def microbatches(groups: Sequence[Group], settings: GRPO, end: int) -> list[Batch]:
     """Every answer of `groups` once, packed best-fit into microbatches of `microbatch_rows` x `seq_len`.
 
-    Weights are 1 for each drawn token ("token": the mean is over tokens), or 1 / drawn tokens of its answer
-    ("sequence": over answers of each one's mean). ConfigError for an answer longer than a row.
+    With `routing_replay` every token has the experts that it took when it was sampled. Weights are 1 for each drawn token
+    ("token": the mean is over tokens), or 1 / drawn tokens of its answer ("sequence": over answers of each one's mean).
+    ConfigError for an answer longer than a row.
     """
     units = [unit for group in groups for unit in _units(group, settings)]
     plan = packing.best_fit(np.array([unit.length for unit in units]), settings.seq_len)
     count = -(-len(plan) // settings.microbatch_rows)
     rows = _empty((count * settings.microbatch_rows, settings.seq_len), end)
+    experts = units[0].answers[0][0].experts
+    if settings.routing_replay and experts is not None:
+        rows["experts"] = np.full((*rows["ids"].shape, *experts.shape[1:]), -1, np.int16)
     for row in range(len(plan)):
         at, number = 0, 1
         for i, _, _ in plan.row(row):
             at, number = _write({name: z[row] for name, z in rows.items()}, at, number, units[i], settings.aggregate)
     shape = (count, settings.microbatch_rows, settings.seq_len)
-    stacked = {name: z.reshape(shape) for name, z in rows.items()}
+    stacked = {name: z.reshape(*shape, *z.shape[2:]) for name, z in rows.items()}
     return [{name: z[c] for name, z in stacked.items()} for c in range(count)]
+
+
+def _experts(sample: Sample) -> np.ndarray:
+    assert sample.experts is not None  # rollout notes them
+    return sample.experts
 
 
 def _units(group: Group, settings: GRPO) -> Iterator[Unit]:
@@ -79,6 +88,8 @@ def _write(row: Batch, at: int, number: int, unit: Unit, aggregate: str) -> tupl
     here = slice(at, at + begin)
     row["ids"][here], row["positions"][here] = unit.prompt, np.arange(begin)
     row["segments"][here] = row["prefixes"][here] = prompt
+    if "experts" in row:
+        row["experts"][here] = _experts(unit.answers[0][0])[:begin]
     at, number = at + begin, number + 1
     for sample, advantage in unit.answers:
         length = unit.tail(sample)
@@ -90,6 +101,8 @@ def _write(row: Batch, at: int, number: int, unit: Unit, aggregate: str) -> tupl
         row["segments"][here], row["prefixes"][here] = number, prompt
         row["weights"][before_last] = drawn / (1 if aggregate == "token" else drawn.sum())
         row["advantages"][before_last] = advantage * drawn
+        if "experts" in row:
+            row["experts"][here] = _experts(sample)[begin:]
         row["old_log_probs"][before_last] = sample.log_probs[begin + 1 :]
         at, number = at + length, number + 1
     return at, number

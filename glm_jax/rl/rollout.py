@@ -79,6 +79,8 @@ def rollout(
             _reply(tokenizer, sample, episode, completion) if completion and episode else []
             for sample, episode, completion in zip(samples, episodes, completions, strict=True)
         ]
+    for sample, experts in zip(samples, session.experts(), strict=True):
+        sample.took(experts)
     return samples
 
 

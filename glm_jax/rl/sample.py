@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from glm_jax.envs.task import Task
 
 
@@ -15,6 +17,7 @@ class Sample:
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # which tokens the model drew
     log_probs: list[float] = field(default_factory=list)  # of drawn tokens, by the model that drew them; else 0
+    experts: np.ndarray | None = None  # int16 [tokens, L, A]: those that each token took; -1 where it was not read
     turns: list[dict[str, Any]] = field(default_factory=list)  # the assistant's, parsed, and the tools' between them
     reward: float = 0.0
     reason: str = ""  # "solved", or why not; "" while it goes on
@@ -28,6 +31,11 @@ class Sample:
         if len(ids) != len(log_probs):
             raise ValueError(f"{len(ids)} tokens with {len(log_probs)} log-probabilities; each token has one")
         self._append(ids, log_probs, sampled=True)
+
+    def took(self, experts: np.ndarray) -> None:
+        """The experts of its first tokens, [at most as many, L, A]."""
+        unread = np.full((len(self.ids) - len(experts), *experts.shape[1:]), -1, np.int16)
+        self.experts = np.concatenate([experts, unread])
 
     def end(self, reward: float, reason: str) -> None:
         self.reward, self.reason = reward, reason

@@ -157,6 +157,19 @@ class Session:
                 self._unread[row] = completion.ids[-1:]
         return done
 
+    def experts(self) -> list[np.ndarray]:
+        """int16 [tokens, L, A] of each row: the experts that every token took which has been read, so not the last one
+        drawn, in every MoE layer."""
+        if self._cache is None:
+            return [np.zeros((0, self._cfg.moe_layers, self._cfg.A), np.int16) for _ in self._held]
+        own_BSLA, length_B = np.asarray(self._cache.experts_BSLA), np.asarray(self._cache.length_B)
+        shared = self._cache.shared_experts_SLA
+        shared_SLA = own_BSLA[0, :0] if shared is None else np.asarray(shared)
+        return [
+            np.concatenate([shared_SLA, own_BSLA[row]])[: length_B[row]] if self._held[row] else own_BSLA[row, :0]
+            for row in range(len(self._held))
+        ]
+
     def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
         """Read new tokens and draw every row's first one. In the first turn equal texts are read once, and what all texts
         begin with is kept once for all rows."""
@@ -239,7 +252,7 @@ def _prefill(
     last_U1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_U)
     begun, logits_BV = aux.cache, model.head(cfg, params, last_U1D)[:, 0]
     if source_B is not None:
-        whole = {"shared_k_LKSH": begun.shared_k_LKSH, "shared_v_LKSH": begun.shared_v_LKSH}  # these have no rows
+        whole = {name: getattr(begun, name) for name in vars(begun) if name.startswith("shared_")}  # these have no rows
         begun = dataclasses.replace(begun, **dict.fromkeys(whole))
         begun, logits_BV = jax.tree.map(lambda z: mesh.rows_of(z, source_B), (begun, logits_BV))
         begun = dataclasses.replace(begun, **whole)

@@ -48,6 +48,7 @@ def loss_fn(
     aux = model.hidden(
         cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"],
         prefixes_BT=batch.get("prefixes"), next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
+        experts_BTLA=batch.get("experts"),
     )  # fmt: skip
     head_DV = model.output_matrix(cfg, params)
     metrics = {}

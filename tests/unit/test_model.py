@@ -134,6 +134,21 @@ def test_equals_the_literal_reading(weights, ids_BT):
     assert (aux.load_LE.sum(axis=1) == ROWS * LENGTH * CFG.A).all()
 
 
+def test_experts_that_are_given_are_taken(weights, ids_BT):
+    params, router_bias_LE = weights
+    logits_BTV, aux = forward(CFG, params, router_bias_LE, ids_BT)
+    own_BTLA = np.moveaxis(np.asarray(aux.experts_LBTA), 0, 2)
+    assert own_BTLA.shape == (ROWS, LENGTH, CFG.moe_layers, CFG.A)
+    other_LE = router_bias_LE + np.arange(CFG.E, dtype=np.float32)  # chooses otherwise
+    replayed_BTV, aux = forward(CFG, params, other_LE, ids_BT, experts_BTLA=own_BTLA)
+    np.testing.assert_allclose(replayed_BTV, logits_BTV, atol=1e-5)
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(aux.experts_LBTA), 0, 2), own_BTLA)
+    free_BTV, _ = forward(CFG, params, other_LE, ids_BT)
+    assert np.abs(free_BTV - logits_BTV).max() > 1e-3
+    unread_BTLA = np.full_like(own_BTLA, -1)
+    np.testing.assert_array_equal(forward(CFG, params, other_LE, ids_BT, experts_BTLA=unread_BTLA)[0], free_BTV)
+
+
 def test_a_later_token_changes_nothing_earlier(weights, ids_BT):
     params, router_bias_LE = weights
     before_BTV, _ = forward(CFG, params, router_bias_LE, ids_BT)

@@ -367,6 +367,28 @@ def test_at_the_first_step_the_ratio_is_1(policy, step, look, tokenizer, agent, 
     np.testing.assert_allclose(told["loss"], -(worth * lengths).sum() / count, atol=1e-6)  # a sum of 16 answers
 
 
+def test_replayed_routes_keep_the_ratio_1_where_the_router_would_choose_otherwise(weights, tokenizer, agent):
+    params, router_bias_LE = weights
+    other_LE = router_bias_LE + jnp.asarray(np.random.default_rng(3).normal(size=router_bias_LE.shape), jnp.float32)
+
+    def largest(replay: bool) -> float:
+        batch = whole(agent[:2], tokenizer.end, routing_replay=replay)
+        assert ("experts" in batch) == replay
+        totals = {"weights": batch["weights"].sum(), "microbatches": 1.0, "sequence_balance": 0.0}
+        loss = jax.jit(lambda bias_LE: loss_fn(params, CFG, bias_LE, batch, 0.0, totals, losses.Policy())[1])
+        return float(loss(other_LE)["mismatch_max"])
+
+    assert largest(replay=True) <= 5e-5
+    assert largest(replay=False) > 1e-3
+
+
+def test_every_token_that_was_read_has_its_experts(agent):
+    for sample in chain.from_iterable(agent):
+        assert sample.experts.shape == (len(sample.ids), CFG.moe_layers, CFG.A)
+        assert (sample.experts[:-1] >= 0).all() and sample.experts.max() < CFG.E
+        assert (sample.experts[-1] == -1).all()  # its last token was drawn and never read
+
+
 def test_equal_rewards_give_no_gradient_at_all(step, tokenizer, lottery):
     for reward in (0.0, 1.0):
         groups = [[dataclasses.replace(sample, reward=reward) for sample in group] for group in lottery]
@@ -454,6 +476,7 @@ def one_by_one(groups, end: int) -> Batch:
         batch["weights"][row, :last] = sample.sampled[1:]
         batch["advantages"][row, :last] = worth[row]
         batch["old_log_probs"][row, :last] = sample.log_probs[1:]
+        batch["experts"][row, : last + 1] = sample.experts
     return batch
 
 

@@ -264,8 +264,11 @@ def test_what_all_rows_begin_with_is_kept_once_and_changes_no_draw(weights, sett
 
     shared, session = turns(8)
     assert session._cache is not None and session._cache.shared_tokens == 8
+    took = session.experts()
     apart, session = turns(9)
     assert session._cache is not None and session._cache.shared_tokens == 0
+    for one, other in zip(took, session.experts(), strict=True):
+        np.testing.assert_array_equal(one, other)
     for one, other in zip(shared, apart, strict=True):
         assert (one is None) == (other is None)
         if one and other:
