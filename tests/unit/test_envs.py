@@ -411,6 +411,29 @@ def test_the_guard_gives_back_the_handler_and_the_timer_that_it_found():
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_task_that_cannot_be_made_is_left_out_and_told():
+    class Fragile(reasoning.Reasoning):
+        broken = range(3, 5)
+
+        def task(self, seed, level):
+            if seed in self.broken:
+                raise OSError("no such word list")
+            return super().task(seed, level)
+
+    stream = split.tasks(Fragile(), 1, evaluation=False)
+    with pytest.warns(UserWarning, match="seed [34]: raised OSError: no such word list; this task is left out"):
+        seeds = [next(stream).seed for _ in range(10)]
+    assert not {3, 4} & {*seeds} and seeds == sorted(seeds)
+    Fragile.broken = range(100)
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ConfigError, match="20 seeds in a row gave no task"),
+    ):
+        next(split.tasks(Fragile(), 1, evaluation=False))
+    with pytest.raises(ConfigError, match="has no level 9"):
+        next(split.tasks(reasoning.Reasoning(), 9, evaluation=False))
+
+
 def test_an_environment_of_one_prompt_has_no_second_split():
     class Constant(reasoning.Reasoning):
         def task(self, seed, level):
