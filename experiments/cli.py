@@ -81,6 +81,13 @@ def parse(script: Callable[..., Any], argv: Sequence[str]) -> tuple[Any, ...]:
     return parsed.options, parsed.run
 
 
+def given(folder: Path | None, what: str) -> Path:
+    """The folder that --from names; ConfigError, with `what` it should be, without one."""
+    if folder is None:
+        raise ConfigError(f"--from is missing: give the folder of {what}, e.g. --from runs/a")
+    return folder
+
+
 def configure_jax(cache: Path | None = None) -> None:
     """Where compiled programs are kept between processes. Sets variables that jax reads when first imported.
 

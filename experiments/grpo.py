@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from glm_jax.config import GRPO, ConfigError, Run, Stage, replace
+from glm_jax.config import GRPO, Run, Stage, replace
 
 if TYPE_CHECKING:
     from glm_jax.rl.collect import Collected
@@ -44,10 +44,9 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     from experiments import sft
     from glm_jax.train import checkpoint
 
-    if args.from_ is None:
-        raise ConfigError("--from is missing: give the folder of a run that has been fine-tuned, e.g. --from runs/a")
-    beside = args.from_ / args.domain / "sft"
-    start = beside if beside.exists() else checkpoint.stage_folder(args.from_)
+    folder = cli.given(args.from_, "a run that has been fine-tuned")
+    beside = folder / args.domain / "sft"
+    start = beside if beside.exists() else checkpoint.stage_folder(folder)
     settings = sft.expert(run, args.domain).grpo
     return train(
         run, settings, [(args.domain, level) for level in settings.levels], args.out or start.parent / "rl", start

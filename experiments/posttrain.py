@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from glm_jax.config import ConfigError, Expert, Run
+from glm_jax.config import Expert, Run
 
 Part = tuple[str, Callable[[], Any]]  # the file, in the run's folder, that is there when it is done; what makes it
 
@@ -32,11 +32,10 @@ class Args:
 
 def main(args: Args, run: Run) -> None:
     """Run every part that is not there yet."""
-    if args.from_ is None:
-        raise ConfigError("--from is missing: give the folder of a trained run, e.g. --from runs/a")
-    for done, work in parts(run, args.from_):
-        print(f"{done.removesuffix('.json')}{'  is there' if (args.from_ / done).exists() else ''}", flush=True)
-        if not (args.from_ / done).exists():
+    folder = cli.given(args.from_, "a trained run")
+    for done, work in parts(run, folder):
+        print(f"{done.removesuffix('.json')}{'  is there' if (folder / done).exists() else ''}", flush=True)
+        if not (folder / done).exists():
             work()
 
 

@@ -44,11 +44,10 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     from experiments import pretrain
     from glm_jax.train import checkpoint
 
-    if args.from_ is None:
-        raise ConfigError("--from is missing: give the folder of a trained run, e.g. --from runs/a")
-    start = checkpoint.stage_folder(args.from_)
+    folder = cli.given(args.from_, "a trained run")
+    start = checkpoint.stage_folder(folder)
     one = expert(run, args.domain)
-    out = args.out or pretrain.run_folder(args.from_) / args.domain / "sft"
+    out = args.out or pretrain.run_folder(folder) / args.domain / "sft"
     if args.dialogues:
         everything = read(args.dialogues)
         held_out = max(1, min(one.sft.held_out, len(everything) // 10))

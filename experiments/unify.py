@@ -33,10 +33,9 @@ class Args:
 
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Distil the experts and train the unified model; returns the result of its RL."""
-    if args.from_ is None:
-        raise ConfigError("--from is missing: give the folder of a run with its experts, e.g. --from runs/a")
-    fine_tune(run, args.from_)
-    return reinforce(run, args.from_)
+    folder = cli.given(args.from_, "a run with its experts")
+    fine_tune(run, folder)
+    return reinforce(run, folder)
 
 
 def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
