@@ -23,7 +23,9 @@ from glm_jax.train import checkpoint
 
 T = TypeVar("T")
 
-TOO_LONG = "too long"
+# Reasons why an answer ended that are about its format, whatever it says.
+TOO_LONG, MALFORMED, WRONG_STOP = "too long", "malformed", "wrong stop"
+NO_THOUGHT, THOUGHT = "no thought", "thought in direct mode"
 TIME_LIMIT = 5.0  # seconds for an environment's reply
 
 
@@ -123,13 +125,13 @@ def _guarded(sample: Sample, function: Callable[[Any], T], argument: Any) -> T |
 def _format_error(tokenizer: Tokenizer, sample: Sample, message: dict[str, Any], stop: int) -> str:
     """GLM's format, beyond what the parser sees: a thought exactly in thinking mode, and the stop that fits the turn."""
     if message["status"] != "ok":
-        return "malformed"
+        return MALFORMED
     if bool(message["reasoning_content"]) != sample.thinking:
-        return "no thought" if sample.thinking else "thought in direct mode"
+        return NO_THOUGHT if sample.thinking else THOUGHT
     fits = "<|observation|>" if message["tool_calls"] else "<|user|>"
-    return "" if stop == tokenizer.id(fits) else "wrong stop"
+    return "" if stop == tokenizer.id(fits) else WRONG_STOP
 
 
 def well_formed(sample: Sample) -> bool:
     """Whether every turn kept to the format, right or wrong as the answer may be."""
-    return sample.reason not in ("malformed", "no thought", "thought in direct mode", "wrong stop", TOO_LONG)
+    return sample.reason not in (TOO_LONG, MALFORMED, WRONG_STOP, NO_THOUGHT, THOUGHT)
