@@ -41,8 +41,10 @@ def main(args: Args, run: Run) -> None:
 
 def parts(run: Run, folder: Path) -> Iterator[Part]:
     """Everything that post-training does in a run's folder, in order."""
-    from experiments import unify
+    from experiments import sft, unify
 
+    for one in run.post.experts:  # all of them before the first hour of training
+        sft.check_slips(one)
     base = folder / run.stages[-1].name
     for one in run.post.experts:
         home = folder / one.domain

@@ -75,6 +75,7 @@ def oracle_dialogues(one: Expert) -> tuple[list["Dialogue"], list["Dialogue"]]:
     from glm_jax.rl.collect import share
 
     environment = envs.get(one.domain)
+    check_slips(one)
 
     def write(count: int, evaluation: bool) -> list[Dialogue]:
         streams = [split.tasks(environment, level, evaluation=evaluation) for level in one.sft_levels]
@@ -88,6 +89,14 @@ def oracle_dialogues(one: Expert) -> tuple[list["Dialogue"], list["Dialogue"]]:
         return written
 
     return write(one.sft.dialogues, False), write(one.sft.held_out, True)
+
+
+def check_slips(one: Expert) -> None:
+    """ConfigError where slips are asked of an environment that has none."""
+    from glm_jax import envs
+
+    if one.sft.slips and type(envs.get(one.domain)).slip is envs.Environment.slip:
+        raise ConfigError(f"slips={one.sft.slips}, but environment {one.domain} has no slip: set it to 0, or write one")
 
 
 def train(

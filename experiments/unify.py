@@ -8,6 +8,7 @@ reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO
 both modes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,10 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     out = folder / "unified" / "sft"
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
-    last = "rl2" if run.post.self_distillation else "rl"
-    accepted = {one.domain: answers(run, one, folder / one.domain / last) for one in run.post.experts}
-    counts = {domain: found.record() for domain, found in accepted.items()}
+    levels, prompts = run.post.unify.grpo.levels, run.post.unify.prompts
+    last = {one.domain: last_rl(folder / one.domain) for one in run.post.experts}
+    accepted = {one.domain: answers(run, one, last[one.domain], levels, prompts) for one in run.post.experts}
+    counts = {domain: {"from": last[domain].name, **found.record()} for domain, found in accepted.items()}
     checkpoint.write_json(folder / "unified" / REJECTION_FILE, counts)
     for domain, count in counts.items():
         print(f"{domain}: {count['accepted']} of {count['answers']} answers accepted; {count['reasons']}", flush=True)
@@ -69,7 +71,8 @@ def cold_start_again(run: Run, one: Expert, folder: Path) -> dict[str, Any]:
     from glm_jax.train import checkpoint
 
     home = folder / one.domain
-    found = answers(run, one, home / "rl")
+    found = answers(run, one, home / "rl", one.sft_levels, one.sft.dialogues, FRESH_SEED * 2)
+    checkpoint.write_json(home / REJECTION_FILE, {one.domain: found.record()})
     if not found.samples:
         raise ConfigError(
             f"no answer of {home / 'rl'} was accepted, so there is nothing to distil; train it for longer"
@@ -84,8 +87,18 @@ def reinforce(run: Run, folder: Path) -> dict[str, Any]:
     return grpo.train(run, run.post.unify.grpo, sources, folder / "unified" / "rl", folder / "unified" / "sft")
 
 
-def answers(run: Run, one: Expert, folder: Path) -> "Accepted":
-    """What an expert, in its stage folder, answers to fresh training prompts, filtered."""
+def last_rl(home: Path) -> Path:
+    """An expert's RL: the second round's, where there was one."""
+    from glm_jax.train import loop
+
+    again = home / "rl2"
+    return again if (again / loop.RESULT_FILE).exists() else home / "rl"
+
+
+def answers(
+    run: Run, one: Expert, folder: Path, levels: Sequence[int], prompts: int, first_seed: int = FRESH_SEED
+) -> "Accepted":
+    """What an expert, in its stage folder, answers to training prompts of `levels` from `first_seed` on, filtered."""
     import jax
 
     from glm_jax import mesh
@@ -95,8 +108,7 @@ def answers(run: Run, one: Expert, folder: Path) -> "Accepted":
     from glm_jax.rl.rollout import load_policy
 
     unify = run.post.unify
-    sources = [(one.domain, level) for level in unify.grpo.levels]
-    problems = Problems(sources, first_seed=FRESH_SEED).take(unify.prompts)
+    problems = Problems([(one.domain, level) for level in levels], first_seed).take(prompts)
     with jax.set_mesh(mesh.make(run.mesh)):
         groups = sample_groups(load_policy(folder), problems, unify.answers, one.grpo, run.loop.seed)
     return filtered(groups, unify.keep, unify.min_answer_tokens)

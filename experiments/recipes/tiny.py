@@ -95,7 +95,7 @@ def smoke() -> Run:
     )
     general = replace(full.post.unify.grpo, **{**grpo, "hard_share": 0.0})
     unify = replace(full.post.unify, prompts=16, sft=replace(full.post.unify.sft, **sft), grpo=general)
-    post = Posttrain(experts, unify, replace(full.post.evaluation, tasks=16))
+    post = Posttrain(experts=experts, unify=unify, evaluation=replace(full.post.evaluation, tasks=16))
     return replace(
         full,
         **{

@@ -127,6 +127,7 @@ class Unify:
         for name in ("prompts", "answers", "keep"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(0 <= self.direct_share <= 1, f"direct_share={self.direct_share} must lie in 0..1")
+        require(self.sft.slips == 0, f"slips={self.sft.slips} in unify.sft: its teachers are the experts; set it to 0")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Evaluation:
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative; 0 is greedy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Posttrain:
     """From the mid-trained model to the final one (report, section 3)."""
 

@@ -127,7 +127,7 @@ class Agent(Environment):
         counts = task.answer.counts
         total = slip.randint(1, MOST_GUESSED) if slip else sum(counts.values())
         result = "It is done." if kind.moves else f"{' + '.join(map(str, counts.values()))} = {total}."
-        if len(counts) == 1:
+        if (slip and counts) or len(counts) == 1:
             result = f"There are {total}."
         dialogue = [
             said("", "I look for " + " and ".join(f"the {items[i]}" for i in kind.find) + ".", thinking, looks),

@@ -1,7 +1,8 @@
 """What a run's folder tells of post-training: the logs of SFT and RL, the scores, the rejection sampling.
 
 Beside its pre-training stages the folder holds DOMAIN/sft, DOMAIN/rl and DOMAIN/control (as much more SFT as RL drew
-tokens) of every expert, unified/sft and unified/rl, scores/*.json and unified/rejection.json. What is missing is left out.
+tokens) of every expert, DOMAIN/sft2 and DOMAIN/rl2 of its second round, unified/sft and unified/rl, scores/*.json and
+unified/rejection.json. What is missing is left out.
 """
 
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def read(folder: Path, run: Run) -> Story:
     """The post-training of the run in `folder`."""
     order = [*(expert.domain for expert in run.post.experts), UNIFIED]
     trained = [_trained(path.parent) for domain in order for path in sorted(folder.glob(f"{domain}/*/log.jsonl"))]
-    names = {SFT: 0, CONTROL: 1, RL: 2}
+    names = {SFT: 0, CONTROL: 1, RL: 2, f"{SFT}2": 3, f"{RL}2": 4}
     trained.sort(key=lambda each: (order.index(each.domain), names.get(each.name, len(names)), each.name))
     places = {each.checkpoint: i for i, each in enumerate(trained)}
     found = [checkpoint.read_json(path) for path in sorted((folder / scores.FOLDER).glob("*.json"))]
@@ -129,8 +130,8 @@ def _unified(story: Story, domain: str, level: int) -> dict[str, Any] | None:
     if story.final is None:
         return None
     last = story.score(story.final, domain, level)
-    sft, rl = (story.score(f"{domain}-{name}", domain, level) for name in (SFT, RL))
-    rl = story.score(f"{domain}-{RL}2", domain, level) or rl  # of a second round
+    taught = story.rejection.get(domain, {}).get("from", RL)  # by which of the expert's rounds
+    sft, rl = (story.score(f"{domain}-{name}", domain, level) for name in (SFT, taught))
     if last is None or sft is None or rl is None:
         return None
     score, before, best = (scores.pass_at_1(each)[0] for each in (last, sft, rl))
@@ -189,7 +190,12 @@ def rl_runs(story: Story) -> list[dict[str, Any]]:
         worst = {name: max(step[field] for step in each.steps) for name, field in MISMATCH.items()}
         clipped = float(np.mean([step["clipped"] for step in each.steps if step["groups_varying"]] or [0.0]))
         seconds = each.result.get("seconds", each.steps[-1]["seconds"])
-        about = {"name": each.domain, "steps": len(each.steps), "seconds": seconds, "clipped": clipped}
+        about = {
+            "name": each.domain if each.name == RL else each.checkpoint,
+            "steps": len(each.steps),
+            "seconds": seconds,
+            "clipped": clipped,
+        }
         rows.append({**about, **total, **worst, "curriculum": each.curriculum[-1] if each.curriculum else None})
     return rows
 

@@ -57,6 +57,8 @@ def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cac
     cache = Cache(layers(), layers(), *where, none_BSLA, zeros("B", rows))
     if begun is None:
         return cache
+    if stacked:
+        raise ValueError("a cache that begins with another one's tokens is not stacked; give stacked=False")
     k_LKSH, v_LKSH = (tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH))
     return dataclasses.replace(
         cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH,
@@ -110,7 +112,7 @@ def advance(cache: Cache, segments_BT: Array, experts_BTLA: Array) -> Cache:
     def write(old_BSLA: Array, length_B: Array, new_BTLA: Array) -> Array:
         return old_BSLA.at[_slots(length_B, new_BTLA)].set(new_BTLA, mode="drop")
 
-    new_BTLA = experts_BTLA.astype(cache.experts_BSLA.dtype)
+    new_BTLA = jnp.where(segments_BT[:, :, None, None] > 0, experts_BTLA, -1).astype(cache.experts_BSLA.dtype)
     write = mesh.per_shard(write, ("BSLA", "B", "BTLA"), "BSLA")
     experts_BSLA = write(cache.experts_BSLA, _used_B(cache), new_BTLA)
     return dataclasses.replace(

@@ -178,7 +178,7 @@ class Session:
         alive_B[: len(texts)] = [len(text) > 0 for text in texts]
         if cache is None:
             begun, common = None, _begin_alike(texts)
-            if common >= SHARED_TOKENS:
+            if common:
                 beginning = next(text for text in texts if text)[:common]
                 ids_UT = np.repeat(np.array([beginning], np.int32), _batch_rows(1), axis=0)
                 begun = _read_beginning(self._cfg, self._params, self._bias_LE, ids_UT)
@@ -188,8 +188,7 @@ class Session:
                 source_B = np.zeros(rows, np.int32)
                 source_B[: len(texts)] = [distinct[tuple(text)] for text in texts]
                 rows, texts = _batch_rows(len(distinct)), [list(text) for text in distinct]
-            slots = self._tokens - (common if begun else 0)
-            cache = model.empty_cache(self._cfg, rows, slots, stacked=False, begun=begun)
+            cache = model.empty_cache(self._cfg, rows, self._tokens - common, stacked=False, begun=begun)
         lengths_U = np.zeros(rows, np.int32)
         lengths_U[: len(texts)] = [len(text) for text in texts]
         ids_UT = np.zeros((rows, _bucket(int(lengths_U.max()), 16)), np.int32)
@@ -343,13 +342,14 @@ def _completions(state: _State, rows: int, settings: Sampling) -> list[Completio
 
 
 def _begin_alike(texts: list[list[int]]) -> int:
-    """How many tokens all texts begin with, less what each needs for itself: a token to read. 0 where only one reads."""
-    different = {tuple(text) for text in texts if text}
-    if len(different) < 2:
+    """How many tokens all texts begin with, in whole `SHARED_TOKENS`, for few lengths are to be compiled. Each keeps one
+    to read, and 0 comes back where a row is alone or rests: one that begins later would begin with the others."""
+    if len(texts) < 2 or not all(texts):
         return 0
-    first, last = min(different), max(different)  # in dictionary order: what these share, all share
+    first, last = min(texts), max(texts)  # in dictionary order: what these share, all share
     alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(alike, min(map(len, different)) - 1)
+    alike = min(alike, min(map(len, texts)) - 1)
+    return alike - alike % SHARED_TOKENS
 
 
 def _batch_rows(count: int) -> int:

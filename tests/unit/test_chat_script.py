@@ -40,7 +40,7 @@ def runs(tmp_path_factory) -> Path:
     asked = ({"role": "user", "content": "Where is it?"}, SAID)
     prepare(folder / "data", [Dialogue(asked)], tokenizer, "sft", 64)
     params = by_heart(tokenizer)
-    run = config.replace(recipes.get("smoke"), model=CFG, post=Posttrain((Expert("reasoning"),)))
+    run = config.replace(recipes.get("smoke"), model=CFG, post=Posttrain(experts=(Expert("reasoning"),)))
     after = None
     for stage, own, home in (
         ("stage1", run, folder / "stage1"),

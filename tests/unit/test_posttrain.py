@@ -1,15 +1,23 @@
 """Post-training as a list of parts: which, in what order, and that what is there is not made again."""
 
-from experiments import posttrain, recipes
-from glm_jax.config import replace
+import pytest
+
+from experiments import posttrain, recipes, sft
+from glm_jax import envs
+from glm_jax.config import ConfigError, Evaluation, Unify, replace
+from glm_jax.envs.reasoning import Reasoning
 
 
 def names(run, folder):
     return [done for done, _ in posttrain.parts(run, folder)]
 
 
-def test_experts_come_first_and_the_unified_model_is_scored_in_both_modes(tmp_path):
-    found = names(recipes.get("tiny"), tmp_path)
+@pytest.mark.parametrize("recipe", ["tiny", "smoke"])
+def test_experts_come_first_and_the_unified_model_is_scored_in_both_modes(tmp_path, recipe):
+    run = recipes.get(recipe)
+    assert isinstance(run.post.unify, Unify) and isinstance(run.post.evaluation, Evaluation)
+    assert run.post.self_distillation is False
+    found = names(run, tmp_path)
     assert len(set(found)) == len(found)
     order = [name for name in found if name.endswith("result.json")]
     assert order[:3] == ["reasoning/sft/result.json", "reasoning/rl/result.json", "reasoning/control/result.json"]
@@ -29,3 +37,16 @@ def test_a_second_round_stands_between_an_expert_and_unification(tmp_path):
 
 def test_no_experts_no_parts(tmp_path):
     assert names(replace(recipes.get("tiny"), **{"post.experts": ()}), tmp_path) == []
+
+
+def test_slips_are_asked_only_of_environments_that_have_them(monkeypatch, tmp_path):
+    class Flawless(Reasoning):
+        slip = envs.Environment.slip
+
+    run = recipes.get("tiny")
+    monkeypatch.setitem(envs.ENVIRONMENTS, "reasoning", Flawless())
+    with pytest.raises(ConfigError, match=r"slips=0.3, but environment reasoning has no slip"):
+        names(run, tmp_path)
+    sft.check_slips(replace(run.post.experts[0], **{"sft.slips": 0.0}))
+    with pytest.raises(ConfigError, match="its teachers are the experts"):
+        replace(run, **{"post.unify.sft.slips": 0.1})
