@@ -179,8 +179,7 @@ class Session:
         if cache is None:
             begun, common = None, _begin_alike(texts)
             if common:
-                beginning = next(text for text in texts if text)[:common]
-                ids_UT = np.repeat(np.array([beginning], np.int32), _batch_rows(1), axis=0)
+                ids_UT = np.repeat(np.array([texts[0][:common]], np.int32), _batch_rows(1), axis=0)
                 begun = _read_beginning(self._cfg, self._params, self._bias_LE, ids_UT)
                 texts = [text[common:] for text in texts]
             distinct = {text: i for i, text in enumerate(dict.fromkeys(map(tuple, texts)))}

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-TURNS = [[[1, 2, 3], [1, 2, 3], [4], [1, 2, 3], [5, 6]] * 2, [[7], [8, 9], [], [10], [11, 12, 13]] * 2]
+BEGINNING = [21, 22, 23, 24]  # of all rows, and so kept once
+OWN = [[1, 2, 3], [1, 2, 3], [4], [1, 2, 3], [5, 6, *range(30, 40)]]
+TURNS = [[[*BEGINNING, *ids] for ids in OWN] * 2, [[7], [8, 9], [], [10], [11, 12, 13]] * 2]
 
 
 @pytest.mark.slow
@@ -25,6 +27,7 @@ def on(sizes: tuple[int, int, int]):
     """(ids and log-probabilities of each turn, metrics of two policy steps on them) over a mesh."""
     from glm_jax import config, losses, mesh, model
     from glm_jax.optim import optimizer
+    from glm_jax.sample import engine
     from glm_jax.sample.engine import Sampling, Session, prepare
     from glm_jax.train import state
     from glm_jax.train.step import Knobs, train_step
@@ -39,8 +42,10 @@ def on(sizes: tuple[int, int, int]):
         now = state.create(cfg, tx, 0)
         rows = len(TURNS[0])
         session = Session(cfg, prepare(cfg, now.params), now.router_bias_LE, range(rows), 32)
+        engine.SHARED_TOKENS = len(BEGINNING)
         said = [session.turn(given, Sampling(max_new_tokens=6, seed=3)) for given in TURNS]
-        batch = as_batch(said, rows=16, length=32)
+        assert session._cache is not None and session._cache.shared_tokens == len(BEGINNING)
+        batch = as_batch(said, session.experts(), rows=16, length=32)
         batch = {name: jax.device_put(z[None], mesh.batch_sharding(here)) for name, z in batch.items()}
         knobs = Knobs(*(jnp.float32(value) for value in (1e-3, 0, 0)), microbatches=jnp.int32(1))
         told = []
@@ -51,10 +56,11 @@ def on(sizes: tuple[int, int, int]):
     return drawn, told
 
 
-def as_batch(said, rows: int, length: int) -> dict[str, np.ndarray]:
+def as_batch(said, experts: list[np.ndarray], rows: int, length: int) -> dict[str, np.ndarray]:
     """Every row of the session as a row of its own; advantages alternate."""
     ints = {name: np.zeros((rows, length), np.int32) for name in ("ids", "targets", "positions", "segments")}
     batch = ints | {name: np.zeros((rows, length), np.float32) for name in ("weights", "advantages", "old_log_probs")}
+    batch["experts"] = np.full((rows, length, *experts[0].shape[1:]), -1, np.int16)
     for row in range(len(said[0])):
         ids, old = [], []
         for given, turn in zip(TURNS, said, strict=True):
@@ -67,6 +73,8 @@ def as_batch(said, rows: int, length: int) -> dict[str, np.ndarray]:
         batch["positions"][row, :count], batch["segments"][row, :count] = np.arange(count), 1
         batch["old_log_probs"][row, : count - 1] = old[1:]
         batch["weights"][row, : count - 1] = np.array(old[1:]) != 0
+        assert len(experts[row]) == count - 1
+        batch["experts"][row, : count - 1] = experts[row]
         batch["advantages"][row] = (-1) ** row * batch["weights"][row]
     return batch
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax import model
-from glm_jax.config import ConfigError, Model
+from glm_jax import mesh, model
+from glm_jax.config import ConfigError, Mesh, Model
 from glm_jax.sample import engine
 from glm_jax.sample.draw import draw, keys, nucleus
 from glm_jax.sample.engine import Sampling, generate
@@ -253,8 +253,8 @@ def test_a_row_that_could_outgrow_its_session_is_refused_and_nothing_has_happene
 @pytest.mark.parametrize("settings", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_what_all_rows_begin_with_is_kept_once_and_changes_no_draw(weights, settings, monkeypatch):
     beginning = [7, 8, 9, 10, 11, 12, 13, 14]
-    texts = [[*beginning, 1], [*beginning, 2, 3], [], [*beginning, 2, 3]]
-    further = [[20], [], [], [21, 22]]
+    texts = [[*beginning, 1], [*beginning, 2, 3], [*beginning, 1, 4], [*beginning, 2, 3]]
+    further = [[20], [], [5], [21, 22]]
 
     def turns(least: int):
         monkeypatch.setattr(engine, "SHARED_TOKENS", least)
@@ -274,3 +274,23 @@ def test_what_all_rows_begin_with_is_kept_once_and_changes_no_draw(weights, sett
         if one and other:
             assert one.ids == other.ids
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_nothing_is_shared_with_a_row_that_begins_later(weights, monkeypatch):
+    monkeypatch.setattr(engine, "SHARED_TOKENS", 4)
+    beginning = [7, 8, 9, 10, 11]
+    session = began(weights)
+    session.turn([[*beginning, 1], [*beginning, 2], [], [*beginning, 3]], GREEDY)
+    late = session.turn([[], [], [5, 6], []], GREEDY)[2]
+    (alone,) = began(weights, [2]).turn([[5, 6]], GREEDY)
+    assert late.ids == alone.ids
+
+
+def test_a_model_of_dense_layers_alone_is_sampled_on_a_mesh():
+    cfg = Model(**{**vars(CFG), "dense_layers": CFG.L, "mtp_layers": 0})
+    with jax.set_mesh(mesh.make(Mesh())):
+        params, router_bias_LE = jax.jit(model.init, static_argnums=0)(cfg, jax.random.key(0))
+        session = engine.Session(cfg, params, router_bias_LE, range(2), 32)
+        done = session.turn([[1, 2, 3], [4]], GREEDY)
+        assert [len(one.ids) for one in done if one] == [6, 6]
+        assert [taken.shape for taken in session.experts()] == [(8, 0, CFG.A), (6, 0, CFG.A)]
