@@ -78,7 +78,7 @@ def posttrain() -> Posttrain:
             Expert("chat", sft=replace(sft, dialogues=900, epochs=5), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
-            prompts=384, answers=2, sft=replace(long_sft, slips=0.0, epochs=4),
+            prompts=1536, answers=1, sft=replace(long_sft, slips=0.0, epochs=5),
             grpo=replace(agent, steps=12, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
