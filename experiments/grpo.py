@@ -146,9 +146,10 @@ class Learner:
 
     def learn(self, found: "Collected") -> dict[str, Any]:
         """Optimizer steps on the groups that vary; returns their means for the log. Without any, nothing moves."""
-        if not found.kept:
+        kept = found.kept
+        if not kept:
             return {"loss": 0.0, "lr": 0.0, "entropy": 0.0, "gradient_norm": 0.0, **dict.fromkeys(MISMATCH, 0.0)}
-        parts = [found.kept[i :: self.settings.updates] for i in range(min(self.settings.updates, len(found.kept)))]
+        parts = [kept[i :: self.settings.updates] for i in range(min(self.settings.updates, len(kept)))]
         told = [self.update(part) for part in parts]
         first, last = told[0], told[-1]  # the mismatch is that of the policy that sampled: before the first update
         return {**last, **{name: first[name] for name in MISMATCH}}

@@ -10,7 +10,7 @@ interrupted: what has been made is skipped.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,12 @@ def parts(run: Run, folder: Path) -> Iterator[Part]:
     for one in run.post.experts:
         home = folder / one.domain
         yield f"{one.domain}/sft/result.json", partial(cold_start, run, one, base, home / "sft")
-        yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, home)
+        yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, one.grpo.levels, home, "")
         yield f"{one.domain}/control/result.json", partial(control, run, one, home)
         names = ["sft", "rl", "control"]
         if run.post.self_distillation:
             yield f"{one.domain}/sft2/result.json", partial(unify.cold_start_again, run, one, folder)
-            yield f"{one.domain}/rl2/result.json", partial(reinforce_again, run, one, home)
+            yield f"{one.domain}/rl2/result.json", partial(reinforce, run, one, harder(one), home, "2")
             names += ["sft2", "rl2"]
         for name in names:
             for level in (run.post.evaluation.level, run.post.evaluation.harder_level):
@@ -76,21 +76,19 @@ def cold_start(run: Run, one: Expert, base: Path, out: Path) -> dict[str, Any]:
     return sft.train(run, one.sft, *sft.oracle_dialogues(one), out, base)
 
 
-def reinforce(run: Run, one: Expert, home: Path) -> dict[str, Any]:
-    """An expert's RL."""
+def reinforce(run: Run, one: Expert, levels: Iterable[int], home: Path, turn: str) -> dict[str, Any]:
+    """An expert's RL on tasks of `levels`; `turn` is what its folders' names end in."""
     from experiments import grpo
 
-    return grpo.train(run, one.grpo, [(one.domain, level) for level in one.grpo.levels], home / "rl", home / "sft")
+    return grpo.train(run, one.grpo, [(one.domain, level) for level in levels], home / f"rl{turn}", home / f"sft{turn}")
 
 
-def reinforce_again(run: Run, one: Expert, home: Path) -> dict[str, Any]:
-    """The second round's RL: each level one harder, where the environment has it."""
-    from experiments import grpo
+def harder(one: Expert) -> Iterable[int]:
+    """The levels of an expert's RL in a second round: each one harder, where the environment has it."""
     from glm_jax import envs
 
     known = envs.get(one.domain).levels
-    levels = dict.fromkeys(level + 1 if level + 1 in known else level for level in one.grpo.levels)
-    return grpo.train(run, one.grpo, [(one.domain, level) for level in levels], home / "rl2", home / "sft2")
+    return dict.fromkeys(level + 1 if level + 1 in known else level for level in one.grpo.levels)
 
 
 def control(run: Run, one: Expert, home: Path) -> dict[str, Any]:

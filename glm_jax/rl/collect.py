@@ -19,11 +19,14 @@ MOST_ROWS = 256  # sampled together
 
 @dataclass
 class Collected:
-    """Groups to train on (`kept`), and every group that was sampled on the way."""
+    """Every group that was sampled; those whose rewards vary are trained on."""
 
-    kept: list[Group] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     rounds: int = 0
+
+    @property
+    def kept(self) -> list[Group]:
+        return [group for group in self.groups if varies(group)]
 
     @property
     def samples(self) -> list[Sample]:
@@ -37,7 +40,7 @@ class Collected:
             "length": sum(s.drawn for s in samples) / len(samples),  # tokens that the model drew
             "sampled_tokens": sum(s.drawn for s in samples),
             "groups": len(self.groups),
-            "groups_varying": sum(map(varies, self.groups)),
+            "groups_varying": len(self.kept),
             "rounds": self.rounds,
             "reasons": dict(Counter(s.reason for s in samples).most_common()),
         }
@@ -57,7 +60,6 @@ def collect(policy: Policy, problems: Problems, settings: GRPO, seed: int, group
         groups = sample_groups(policy, problems.take(tasks), size, settings, seed, first_uid=len(found.groups) * size)
         problems.learn(groups)
         found.groups += groups
-        found.kept += [group for group in groups if varies(group)]
         found.rounds += 1
     return found
 
