@@ -40,6 +40,12 @@ class Trained:
         return f"{self.domain}-{self.name}"
 
     @property
+    def label(self) -> str:
+        """Its name in a legend or a table; further rounds of an expert keep their folders' names."""
+        more = {SFT: "", RL: "", CONTROL: ", more SFT"}
+        return self.domain + more.get(self.name, f", {self.name}")
+
+    @property
     def is_rl(self) -> bool:
         return any("reward" in step for step in self.steps)
 
@@ -191,7 +197,7 @@ def rl_runs(story: Story) -> list[dict[str, Any]]:
         clipped = float(np.mean([step["clipped"] for step in each.steps if step["groups_varying"]] or [0.0]))
         seconds = each.result.get("seconds", each.steps[-1]["seconds"])
         about = {
-            "name": each.domain if each.name == RL else each.checkpoint,
+            "name": each.label,
             "steps": len(each.steps),
             "seconds": seconds,
             "clipped": clipped,

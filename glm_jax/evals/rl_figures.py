@@ -60,12 +60,6 @@ def _colour(each: Trained, story: Story) -> str:
     return COLOURS[list(dict.fromkeys(t.domain for t in story.trained)).index(each.domain) % len(COLOURS)]
 
 
-def _label(each: Trained) -> str:
-    """A run's name in a legend; further rounds of an expert keep their folders' names."""
-    more = {SFT: "", RL: "", CONTROL: ", more SFT"}
-    return each.domain + more.get(each.name, f", {each.name}")
-
-
 def _lines(ax: Axes, rl: Sequence[Trained], story: Story, field: str, *, learning: bool = False) -> None:
     """Every step faintly, an average on top; `learning`: only the steps in which there was something to learn."""
     for each in rl:
@@ -79,7 +73,7 @@ def _smoothed(ax: Axes, each: Trained, story: Story, steps: Sequence[dict[str, A
     if steps:
         x, colour = np.array([step["step"] for step in steps], float), _colour(each, story)
         ax.plot(*thin(x, values), color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(*thin(x, average(values, max(1, len(values) // 30))), color=colour, label=_label(each))
+        ax.plot(*thin(x, average(values, max(1, len(values) // 30))), color=colour, label=each.label)
 
 
 def _varying(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
@@ -111,7 +105,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
         x = np.array([step["step"] for step in steps], float)
         for field, style in (("mismatch_mean", "-"), ("mismatch_max", (0, (4, 2)))):
             y = np.maximum([step[field] for step in steps], LEAST_MISMATCH)
-            least, label = min(least, *y), _label(each) if style == "-" else None
+            least, label = min(least, *y), each.label if style == "-" else None
             ax.plot(*thin(x, y), color=_colour(each, story), linewidth=1, linestyle=style, label=label)
     ax.set_yscale("log")
     for name in ("mean", "max"):
@@ -135,7 +129,7 @@ def _validation(ax: Axes, tuned: Sequence[Trained], story: Story) -> None:
         more = each.name == CONTROL
         x = x + max(0.0, ends.get(each.domain, 0) - x[0]) if more else x
         style: Any = (0, (3, 2)) if more else "-"
-        ax.plot(x, y, color=_colour(each, story), marker="o", markersize=3, linestyle=style, label=_label(each))
+        ax.plot(x, y, color=_colour(each, story), marker="o", markersize=3, linestyle=style, label=each.label)
     ax.set_ylim(bottom=0)
     ax.legend(ncols=2)
 

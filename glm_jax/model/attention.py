@@ -72,8 +72,8 @@ def attention(
         k_BSKH, v_BSKH = kv.read(cache, layer)
         positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
     shared = ()
-    if cache is not None and cache.shared_k_LKSH is not None and cache.shared_v_LKSH is not None:
-        shared = (cache.shared_k_LKSH[layer], cache.shared_v_LKSH[layer])
+    if cache is not None and cache.shared is not None:
+        shared = (cache.shared.k_LKSH[layer], cache.shared.v_LKSH[layer])
 
     def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes, *shared_KSH):
         return attention_kernel(

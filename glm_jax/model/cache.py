@@ -12,12 +12,21 @@ from glm_jax.config import Model
 
 
 @struct.dataclass
+class Shared:
+    """What all rows of a cache begin with, held once: keys and values by layer, and the experts that each token took."""
+
+    k_LKSH: tuple[Array, ...]
+    v_LKSH: tuple[Array, ...]
+    experts_SLA: Array
+
+
+@struct.dataclass
 class Cache:
     """Keys and values of every decoder layer, filled from the left; each row has its own length.
 
     Heads stand before slots, as the products of attention read them. The layers are one array, or a tuple of one each
     where the parameters are unstacked: a step then reads and writes them in place.
-    `shared_*` belong to what all rows begin with: held once, by layer, before the slots; `length_B` counts it too.
+    `shared` stands before the slots of every row; `length_B` counts it too.
     `experts_BSLA` are the experts that each token took in the MoE layers, -1 where none has been read.
     `segments_BS` is 0 where nothing real has been written (free slots, padding), so attention never looks there.
     """
@@ -28,13 +37,11 @@ class Cache:
     segments_BS: Array
     experts_BSLA: Array
     length_B: Array
-    shared_k_LKSH: tuple[Array, ...] | None = None
-    shared_v_LKSH: tuple[Array, ...] | None = None
-    shared_experts_SLA: Array | None = None
+    shared: Shared | None = None
 
     @property
     def shared_tokens(self) -> int:
-        return 0 if self.shared_k_LKSH is None else self.shared_k_LKSH[0].shape[1]
+        return 0 if self.shared is None else self.shared.k_LKSH[0].shape[1]
 
 
 def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cache | None = None) -> Cache:
@@ -60,10 +67,8 @@ def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cac
     if stacked:
         raise ValueError("a cache that begins with another one's tokens is not stacked; give stacked=False")
     k_LKSH, v_LKSH = (tuple(mesh.constrain(z_BKSH, "LKSH")[0] for z_BKSH in z) for z in (begun.k_LBKSH, begun.v_LBKSH))
-    return dataclasses.replace(
-        cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared_k_LKSH=k_LKSH, shared_v_LKSH=v_LKSH,
-        shared_experts_SLA=mesh.constrain(begun.experts_BSLA, "LSLA")[0],
-    )  # fmt: skip
+    shared = Shared(k_LKSH, v_LKSH, mesh.constrain(begun.experts_BSLA, "LSLA")[0])
+    return dataclasses.replace(cache, length_B=cache.length_B + k_LKSH[0].shape[1], shared=shared)
 
 
 def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:

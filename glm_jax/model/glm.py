@@ -124,8 +124,10 @@ def hidden(  # noqa: PLR0913 (as forward)
     x_BTD, cache, routing = _layers(
         cfg, params.moe, router_bias_LE[: cfg.moe_layers], x_BTD, at, cache, cfg.dense_layers, given_LBTA
     )
-    none_LBTA = jnp.zeros((0, *ids_BT.shape, cfg.A), jnp.int32)
-    experts_LBTA = mesh.constrain(none_LBTA, "LBTA") if routing is None else routing.experts_BTA
+    if routing is None:
+        experts_LBTA = mesh.constrain(jnp.zeros((0, *ids_BT.shape, cfg.A), jnp.int32), "LBTA")
+    else:
+        experts_LBTA = routing.experts_BTA
     hidden_BTD = rms_norm(x_BTD, params.norm_D, cfg.norm_eps)
 
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []

@@ -163,8 +163,8 @@ class Session:
         if self._cache is None:
             return [np.zeros((0, self._cfg.moe_layers, self._cfg.A), np.int16) for _ in self._held]
         own_BSLA, length_B = np.asarray(self._cache.experts_BSLA), np.asarray(self._cache.length_B)
-        shared = self._cache.shared_experts_SLA
-        shared_SLA = own_BSLA[0, :0] if shared is None else np.asarray(shared)
+        shared = self._cache.shared
+        shared_SLA = own_BSLA[0, :0] if shared is None else np.asarray(shared.experts_SLA)
         return [
             np.concatenate([shared_SLA, own_BSLA[row]])[: length_B[row]] if self._held[row] else own_BSLA[row, :0]
             for row in range(len(self._held))
@@ -250,10 +250,9 @@ def _prefill(
     last_U1D = mesh.per_shard(last, ("BTD", "B"), "BTD")(aux.hidden_BTD, lengths_U)
     begun, logits_BV = aux.cache, model.head(cfg, params, last_U1D)[:, 0]
     if source_B is not None:
-        whole = {name: getattr(begun, name) for name in vars(begun) if name.startswith("shared_")}  # these have no rows
-        begun = dataclasses.replace(begun, **dict.fromkeys(whole))
-        begun, logits_BV = jax.tree.map(lambda z: mesh.rows_of(z, source_B), (begun, logits_BV))
-        begun = dataclasses.replace(begun, **whole)
+        of_rows = (dataclasses.replace(begun, shared=None), logits_BV)
+        of_rows, logits_BV = jax.tree.map(lambda z: mesh.rows_of(z, source_B), of_rows)
+        begun = dataclasses.replace(of_rows, shared=begun.shared)
     state = _State(
         cache=begun,
         rows_B=mesh.constrain(uids_B, "B"),
