@@ -26,12 +26,12 @@ def tiny() -> Run:
         max_positions=4096, rope_theta=1e4, dtype="float32", remat="none",
     )  # fmt: skip
     pretrain = (
-        Stage("stage1", 1_638_400, 256, 1e4, microbatch_rows=16, mixture={"general": 0.7, "code": 0.25, "math": 0.05}),
-        Stage("stage2", 1_228_800, 256, 1e4, microbatch_rows=16, mixture={"general": 0.15, "code": 0.65, "math": 0.2}),
+        Stage("stage1", 1_064_960, 256, 1e4, microbatch_rows=16, mixture={"general": 0.7, "code": 0.25, "math": 0.05}),
+        Stage("stage2", 819_200, 256, 1e4, microbatch_rows=16, mixture={"general": 0.15, "code": 0.65, "math": 0.2}),
     )
     midtrain = (
         Stage(
-            "midtrain", 409_600, 1024, 1e6, microbatch_rows=4, mixture={"general": 0.2, "code": 0.6, "math": 0.2},
+            "midtrain", 409_600, 1024, 1e6, microbatch_rows=4, mixture={"general": 0.15, "code": 0.4, "math": 0.15, "reasoning": 0.3},
             packing="best_fit", isolate=True, long_documents=True,
         ),
     )  # fmt: skip
@@ -43,7 +43,7 @@ def tiny() -> Run:
         optim=Optim(ns_dtype="float32"),
         schedule=Schedule(
             peak_lr=1e-2, final_lr=1e-3, warmup_tokens=81_920, batch_tokens_start=4096, batch_tokens=8192,
-            batch_ramp_tokens=409_600, mtp_switch_tokens=1_638_400, bias_rate=1e-2, bias_freeze_tokens=3_112_960,
+            batch_ramp_tokens=409_600, mtp_switch_tokens=1_064_960, bias_rate=1e-2, bias_freeze_tokens=2_129_920,
         ),
         data=Data(),
         mesh=Mesh(),
@@ -86,7 +86,7 @@ def posttrain() -> Posttrain:
 
 
 def smoke() -> Run:
-    """`tiny` on a fraction of the tokens and a few steps of RL: the same code for continuous integration."""
+    """`tiny` with two MoE layers, on a fraction of the tokens and a few steps of RL: the same code for continuous integration."""
     full = tiny()
     sft = {"dialogues": 64, "held_out": 16, "epochs": 1.0, "evals": 1}
     grpo = {"steps": 2, "groups": 2, "rounds": 1, "hard_share": 0.5, "hard_attempts": 16, "hard_pool": 2}
@@ -100,13 +100,15 @@ def smoke() -> Run:
         full,
         **{
             "name": "smoke",
-            "pretrain.0.tokens": 163_840,
-            "pretrain.1.tokens": 122_880,
+            "model.L": 3,
+            "pretrain.0.tokens": 122_880,
+            "pretrain.1.tokens": 81_920,
             "midtrain.0.tokens": 81_920,
             "schedule.warmup_tokens": 16_384,
             "schedule.batch_ramp_tokens": 40_960,
-            "schedule.mtp_switch_tokens": 163_840,
-            "schedule.bias_freeze_tokens": 348_160,
+            "schedule.mtp_switch_tokens": 122_880,
+            "schedule.bias_freeze_tokens": 282_624,
+            "loop.eval_bytes": 20_000,
             "post": post,
             "post.experts.0.sft.dialogues": 200,  # enough for the format, so that unification has something to teach
             "post.experts.0.sft.epochs": 8.0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.config import Run
+from glm_jax.config import Expert, Run
 from glm_jax.evals import scores
 from glm_jax.evals.scores import DIRECT, THINKING, Score
 from glm_jax.evals.told import read_optional
@@ -96,7 +96,7 @@ def collect(run: Run, story: Story) -> dict[str, Any]:
     evaluation = run.post.evaluation
     domains = [expert.domain for expert in run.post.experts]
     levels = dict.fromkeys((evaluation.level, evaluation.harder_level))
-    experts = [_expert(story, domain, level) for domain in domains for level in levels]
+    experts = [_expert(story, one, level) for one in run.post.experts for level in levels]
     found = {
         "scores": [_row(score) for score in story.scores],
         "experts": [row for row in experts if row],
@@ -116,9 +116,12 @@ def _row(score: Score) -> dict[str, Any]:
     return {**about, "n": len(score["tasks"]), **{name: round(value, 5) for name, value in rounded.items()}}
 
 
-def _expert(story: Story, domain: str, level: int) -> dict[str, Any] | None:
-    """What RL bought an expert, and what as much more SFT did; differences are paired by task."""
-    sft, rl, more = (story.score(f"{domain}-{name}", domain, level) for name in (SFT, RL, CONTROL))
+def _expert(story: Story, one: Expert, level: int) -> dict[str, Any] | None:
+    """What RL bought an expert, and what as much more SFT did; differences are paired by task.
+
+    `slips` is the share of the cold start's dialogues that were wrong on purpose: about what imitation can reach at most.
+    """
+    sft, rl, more = (story.score(f"{one.domain}-{name}", one.domain, level) for name in (SFT, RL, CONTROL))
     if sft is None or rl is None:
         return None
     gain, error = scores.difference(rl, sft)
@@ -128,7 +131,8 @@ def _expert(story: Story, domain: str, level: int) -> dict[str, Any] | None:
         row["more_sft_gain"], row["more_sft_stderr"] = scores.difference(more, sft)
     more_sft = {"more_sft": None, "more_sft_gain": None, "more_sft_stderr": None}
     rounded = {name: round(value, 5) for name, value in row.items()}
-    return {"domain": domain, "level": level, **more_sft, **rounded, "n": len(sft["tasks"])}
+    about = {"domain": one.domain, "level": level, "slips": one.sft.slips}
+    return {**about, **more_sft, **rounded, "n": len(sft["tasks"])}
 
 
 def _unified(story: Story, domain: str, level: int) -> dict[str, Any] | None:
