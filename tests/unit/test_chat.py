@@ -18,23 +18,19 @@ ANSWER = {"role": "assistant", "content": " A\n", "reasoning_content": "R1"}
 USER_2 = {"role": "user", "content": "U2"}
 RAW = {"role": "assistant", "content": "<think>\nR3\n</think>\n\nA3"}
 
-# Rendered by the published chat_template.jinja (sha256 44f81586...) with trim_blocks and lstrip_blocks.
+# Rendered by the published chat_template.jinja (sha256 44f81586...) with our own words in its tools block.
 PREAMBLE = """[gMASK]<sop><|system|>
 # Tools
 
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
+You can call these functions, one JSON description on each line:
 <tools>
 {"name": "weather", "description": "Wetter & more", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 </tools>
 
-For each function call, output the function name and arguments within the following XML format:
-<tool_call>{function-name}
-<arg_key>{arg-key-1}</arg_key>
-<arg_value>{arg-value-1}</arg_value>
-<arg_key>{arg-key-2}</arg_key>
-<arg_value>{arg-value-2}</arg_value>
+Write each call as follows, with the function's name, then every argument's name and value:
+<tool_call>{function}
+<arg_key>{argument}</arg_key>
+<arg_value>{value}</arg_value>
 ...
 </tool_call>"""
 STEP_TEXT = """<tool_call>weather
@@ -184,7 +180,8 @@ def calls(*given):
         ([{"role": "assistant", "content": "", "reasoning_content": 1}], None, "reasoning_content"),
         ([USER, RESULTS[0]], None, r"messages\[1\] is a tool's result without a call"),
         ([USER, STEP, *RESULTS, RESULTS[0]], None, r"messages\[4\] is a tool's result without a call"),
-        ([USER, STEP, {"role": "tool", "content": ["a", "b"]}], None, "must be text"),
+        ([USER, STEP, {"role": "tool", "content": ["a", "b", "c"]}], None, r"messages\[2\] is a tool's result without"),
+        ([USER, STEP, {"role": "tool", "content": [{"type": "image"}]}], None, "must be text"),
         (calls({"arguments": {}}), None, "has no name"),
         (calls({"name": "f", "arguments": '{"a": '}), None, "arguments=.*must be a JSON object"),
         (calls({"name": "f", "arguments": [1]}), None, "must be a JSON object"),
