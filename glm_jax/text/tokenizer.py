@@ -129,13 +129,24 @@ class Tokenizer:
             raise ConfigError(f"{path} does not exist; give the tokenizer.json of a data folder or a checkpoint")
         beside = path.with_name(TEMPLATE_FILE)
         try:
-            full = Backend.from_file(str(path))
+            full = _with_its_ids(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library has no class of its own for it
             raise ConfigError(f"{path} is no whole tokenizer.json ({error}); copy it again") from None
         try:
             return cls(full, vocab_size, beside.read_text(encoding="utf-8") if beside.is_file() else OUR_TEMPLATE)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+
+def _with_its_ids(text: str) -> Backend:
+    """The tokenizer of a `tokenizer.json`. The library numbers added tokens on from the vocabulary, whatever the file
+    says, unless the vocabulary has them."""
+    full, described = Backend.from_str(text), json.loads(text)
+    ids = {token["content"]: token["id"] for token in described["added_tokens"]}
+    if any(full.token_to_id(name) != i for name, i in ids.items()):
+        described["model"]["vocab"] |= ids
+        full = Backend.from_str(json.dumps(described))
+    return full
 
 
 def _without_special(full: Backend) -> Backend:
