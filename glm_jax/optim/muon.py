@@ -2,9 +2,9 @@
 
     M <- mu M + G;   U <- G + mu M;   update = update_rms * sqrt(max(rows, cols)) * NS(U)
 
-(spec section 4.2). NS is five steps of the published quintic, which leaves the singular values s of a matrix between
-0.68 and 1.21: the update's RMS is update_rms times the RMS of s, 0.158 to 0.21 for Gaussian momentum and not 0.2.
-`ns_polish` steps of a quintic that converges follow if asked for: two bring s to one within 0.06 %, and the RMS with it.
+(spec section 4.2). NS is five steps of the published quintic, which leave singular values s between 0.68 and 1.21: the
+update's RMS is update_rms times the RMS of s, 0.158 to 0.21 for Gaussian momentum and not 0.2. `ns_polish` steps of a
+quintic that converges follow if asked for: two bring s to one within 0.06 %, and the RMS with it.
 
 The matrix of a `Spec` has all its ins as rows and all its outs as columns; batch letters, the
 layer stack among them, count independent matrices. Under a mesh a matrix is whole on its device while it is

@@ -118,7 +118,7 @@ def update(template: str) -> None:
     made = {
         "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         "by": {name: version(name) for name in ("transformers", "jinja2")},
-        "digests": [digest(text) for text in texts],
+        "digests": " ".join(digest(text) for text in texts),
     }
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(made, indent=1) + "\n")
@@ -127,9 +127,9 @@ def update(template: str) -> None:
 def test_render_writes_what_the_published_template_wrote():
     if PUBLISHED and os.environ.get("GOLDEN") == "update":
         update(Path(PUBLISHED).read_text())
-    golden = json.loads(GOLDEN.read_text())
-    differ = [seed for seed in SEEDS if digest(render(**DIALOGUES[seed])) != golden["digests"][seed]]
-    assert not differ and len(golden["digests"]) == len(SEEDS) >= 500
+    digests = json.loads(GOLDEN.read_text())["digests"].split()
+    assert len(digests) == len(SEEDS) >= 500
+    assert not [seed for seed in SEEDS if digest(render(**DIALOGUES[seed])) != digests[seed]]
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="GLM_CHAT_TEMPLATE names no published chat_template.jinja")
