@@ -101,28 +101,10 @@ def question_tokens(tokenizer: Tokenizer, ids: Sequence[int], content: Any, enab
     As the template has it, a new question blanks the thoughts before it, which here are cut out of the ids, and
     `<|user|>` ends the turn before, whatever other stop did or none; what else was sampled stays as it was sampled.
     """
-    stops = stop_ids(tokenizer)
     ids = [int(i) for i in ids]
-    kept = _without_thoughts(tokenizer, ids[:-1] if ids and ids[-1] in stops else ids)
-    asked = _encode(
-        tokenizer, [*_user(_text(content, "the question"), enable_thinking), _generation_prompt(enable_thinking)]
-    )
-    return [*kept, tokenizer.id("<|user|>"), *asked.ids]
-
-
-def _without_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """`ids` less what stands between <think> and </think>. A thought that was left open ends where the turn goes on."""
-    begin, end = tokenizer.id("<think>"), tokenizer.id("</think>")
-    goes_on = {tokenizer.id(name) for name in ("<tool_call>", "<|assistant|>", *STOPS)}
-    kept: list[int] = []
-    thinking = False
-    for i in ids:
-        if thinking and i in goes_on:
-            kept.append(end)
-        thinking = i == begin or (thinking and i != end and i not in goes_on)
-        if i == begin or not thinking:
-            kept.append(i)
-    return [*kept, end] if thinking else kept
+    before = ids[:-1] if ids and ids[-1] in stop_ids(tokenizer) else ids
+    parts = [*_user(_text(content, "the question"), enable_thinking), _generation_prompt(enable_thinking)]
+    return [*_without_thoughts(tokenizer, before), tokenizer.id("<|user|>"), *_encode(tokenizer, parts).ids]
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -136,7 +118,10 @@ def unwrap(function: Any) -> Any:
 
 
 def parameters(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
-    """The schema of every parameter of every tool: name of the tool -> name of the parameter -> JSON schema."""
+    """The schema of every parameter of every tool: name of the tool -> name of the parameter -> JSON schema.
+
+    References into the tool's own schema ("$ref": "#/$defs/...") are followed.
+    """
     found = {}
     for place, tool in enumerate(map(unwrap, tools)):
         name = tool.get("name") if isinstance(tool, Mapping) else None
@@ -148,8 +133,24 @@ def parameters(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
                 f"tool {name!r} has parameters={schema!r}, which must be a JSON schema of an object; "
                 'without parameters use {"type": "object", "properties": {}}'
             )
-        found[name] = dict(schema.get("properties") or {})
+        properties = schema.get("properties") or {}
+        found[name] = {parameter: _followed(part, schema) for parameter, part in properties.items()}
     return found
+
+
+def _followed(schema: Any, root: Mapping[str, Any], depth: int = 8) -> Any:
+    """`schema` with what its references into `root` name in their place, as deep as a parameter's type needs."""
+    if not isinstance(schema, Mapping) or not depth:
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target: Any = root
+        for key in reference.removeprefix("#/").split("/"):
+            target = target.get(key) if isinstance(target, Mapping) else None
+        target = _followed(target, root, depth - 1)
+        return {**target, **schema} if isinstance(target, Mapping) else schema
+    choices = {key: schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list | tuple)}
+    return {**schema, **{key: [_followed(part, root, depth - 1) for part in parts] for key, parts in choices.items()}}
 
 
 def _parts(
@@ -216,6 +217,21 @@ def _assistant(message: Message, where: str, keep_reasoning: bool, thinking: boo
             for index, text in enumerate(pair):
                 yield _Part(text, typed=index % 2 == 1, trained=learnt)
         yield _Part("</tool_call>", trained=learnt)
+
+
+def _without_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """`ids` less what stands between <think> and </think>. A thought that was left open ends where the turn goes on."""
+    begin, end = tokenizer.id("<think>"), tokenizer.id("</think>")
+    goes_on = {tokenizer.id(name) for name in ("<tool_call>", "<|assistant|>", *STOPS)}
+    kept: list[int] = []
+    thinking = False
+    for i in ids:
+        if thinking and i in goes_on:
+            kept.append(end)
+        thinking = i == begin or (thinking and i != end and i not in goes_on)
+        if i == begin or not thinking:
+            kept.append(i)
+    return [*kept, end] if thinking else kept
 
 
 def _user(text: str, thinking: bool) -> Iterator[_Part]:
