@@ -27,7 +27,7 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # earlier sandboxes leak, and a checkpoint's chat template is run in it
         "numpy>=2.0",
         "reasoning-gym>=0.1.25",
     ],

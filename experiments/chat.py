@@ -103,24 +103,26 @@ class Continuation:
 
 
 class Dialogue:
-    """Asks in GLM's template, without tools. The history is rendered again for each question, as the template has it."""
+    """Asks in GLM's template, without tools. Token in, token out: nothing that was sampled is rendered again."""
 
     def __init__(self, policy: "Policy", system: str | None, thinking: bool):
         self._policy, self._thinking = policy, thinking
         self._first = [] if system is None else [{"role": "system", "content": system}]
-        self._messages = list(self._first)
+        self._ids: list[int] = []  # read and sampled so far
 
     def answer(self, prompt: str, settings: "Sampling") -> None:
-        from glm_jax.text.chat import render_tokens, stop_ids
-        from glm_jax.text.parse import parse_tokens
+        from glm_jax.text.chat import question_tokens, render_tokens, stop_ids
 
         if not prompt.strip():
-            self._messages = list(self._first)
+            self._ids = []
             print("(a new dialogue)", file=sys.stderr, flush=True)
             return
         tokenizer = self._policy.tokenizer
-        asked = [*self._messages, {"role": "user", "content": prompt}]
-        ids = render_tokens(tokenizer, asked, enable_thinking=self._thinking).ids
+        if self._ids:
+            ids = question_tokens(tokenizer, self._ids, prompt, self._thinking)
+        else:
+            asked = [*self._first, {"role": "user", "content": prompt}]
+            ids = render_tokens(tokenizer, asked, enable_thinking=self._thinking).ids
         _check_length(self._policy, ids, settings, "ask something shorter, or begin a new dialogue with an empty line")
         settings = replace(settings, stop_ids=stop_ids(tokenizer))
         terminal = sys.stdout.isatty()
@@ -130,7 +132,7 @@ class Dialogue:
             print(f"(cut off after {len(done.ids)} tokens; raise --max_new_tokens)", file=sys.stderr, flush=True)
         elif done.ids[-1] == tokenizer.id("<|observation|>"):
             print("(it waits for a tool's result; there are no tools here)", file=sys.stderr, flush=True)
-        self._messages = [*asked, {"role": "assistant", **parse_tokens(tokenizer, done.ids)}]
+        self._ids = [*ids, *done.ids]
 
 
 class Stream:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
-from glm_jax.config.functions import ConfigError, divides, require
+from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, divides, require
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -93,6 +93,7 @@ class Optim:
     nesterov: bool = True
     ns_steps: int = 5
     ns_dtype: DType = "bfloat16"
+    ns_polish: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # steps that converge; 2: update_rms holds to 1 %
     update_rms: float = 0.2
     lm_head: Literal["muon", "adamw"] = "muon"  # the report excludes only embedding, biases and norms
     router: Literal["muon", "adamw"] = "muon"
@@ -107,6 +108,7 @@ class Optim:
     def __post_init__(self):
         require(0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)")
         require(self.ns_steps >= 1, f"ns_steps={self.ns_steps} must be at least 1")
+        require(self.ns_polish >= 0, f"ns_polish={self.ns_polish} must be at least 0; 0 is Muon as published")
         require(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive; use inf for no clipping")
 
 

@@ -2,7 +2,7 @@
 
     OUT/<stage>/        tokens, offsets, trained, shared, segments and row_starts (.npy), stage.json
     OUT/dialogues.jsonl what the rows were made from, to be read by people
-    OUT/tokenizer.json
+    OUT/tokenizer.json  and chat_template.jinja, which goes with it
     OUT/manifest.json   counts
 
 The manifest is written last: a folder without one is made again.

@@ -4,7 +4,7 @@
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/heldout.jsonl            held-out documents, with the domain "long" besides the three
-    OUT/tokenizer.json
+    OUT/tokenizer.json           and chat_template.jinja, which goes with it
     OUT/<stage>/                 tokens.npy, offsets.npy, segments.npy, row_starts.npy, stage.json
     OUT/manifest.json            counts, reasons of drops, buckets, stages; written last
     OUT/done/<step>.json         a step's mark: hash of its inputs, hashes of its files

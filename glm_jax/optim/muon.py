@@ -2,7 +2,11 @@
 
     M <- mu M + G;   U <- G + mu M;   update = update_rms * sqrt(max(rows, cols)) * NS(U)
 
-(spec section 4.2). The matrix of a `Spec` has all its ins as rows and all its outs as columns; batch letters, the
+(spec section 4.2). NS is five steps of the published quintic, which leave singular values s between 0.68 and 1.21: the
+update's RMS is update_rms times the RMS of s, 0.158 to 0.21 for Gaussian momentum and not 0.2. `ns_polish` steps of a
+quintic that converges follow if asked for: two bring s to one within 0.06 %, and the RMS with it.
+
+The matrix of a `Spec` has all its ins as rows and all its outs as columns; batch letters, the
 layer stack among them, count independent matrices. Under a mesh a matrix is whole on its device while it is
 orthogonalised, and the momentum lies where its weight lies.
 """
@@ -20,7 +24,8 @@ from glm_jax import mesh
 from glm_jax.config import DType
 from glm_jax.spec import Spec
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+PUBLISHED = (3.4445, -4.7750, 2.0315)  # steep at 0: lifts small singular values, and converges to none
+CONVERGENT = (15 / 8, -10 / 8, 3 / 8)  # flat at 1: what is near comes nearer, by the cube of its distance
 HEADS = "NK"
 
 
@@ -28,14 +33,15 @@ class MuonState(NamedTuple):
     momentum: Any  # float32, a tree like the parameters'
 
 
-@partial(jax.jit, static_argnames=("steps", "dtype"))
-def newton_schulz(x_BPQ: Array, steps: int = 5, dtype: DType = "float32") -> Array:
+@partial(jax.jit, static_argnames=("steps", "dtype", "polish"))
+def newton_schulz(x_BPQ: Array, steps: int = 5, dtype: DType = "float32", polish: int = 0) -> Array:
     """Each P-by-Q matrix with its singular values pushed towards one; any number of batch dimensions.
 
-    The quintic of the published coefficients does not converge: it leaves values between 0.68 and 1.21, and what is
-    below about 1 % of the norm lower. Products take `dtype` in and accumulate in float32; the result has `dtype`.
+    Five steps of the published coefficients leave what was above 0.3 % of the norm between 0.68 and 1.21, what was
+    below lower, and no number of them converges; two of `polish` then leave 0.9994 to 1.0001. Products take `dtype`
+    in and accumulate in float32; the result has `dtype`.
     """
-    return _iterate(_unit(x_BPQ, (-2, -1)).astype(dtype), steps)
+    return _iterate(_unit(x_BPQ, (-2, -1)).astype(dtype), steps, polish)
 
 
 def scale_by_muon(
@@ -47,6 +53,7 @@ def scale_by_muon(
     ns_dtype: DType = "bfloat16",
     update_rms: float = 0.2,
     split_heads: bool = False,
+    ns_polish: int = 0,
 ) -> optax.GradientTransformation:
     """Orthogonalised momentum for every array of `specs`, a tree like the parameters' with a `Spec` for each.
 
@@ -65,14 +72,14 @@ def scale_by_muon(
         def direction(spec: Spec, u: Any) -> Any:
             if isinstance(u, optax.MaskedNode):
                 return u
-            return update_rms * orthogonal(spec, u, ns_steps, ns_dtype, split_heads)
+            return update_rms * orthogonal(spec, u, ns_steps, ns_dtype, split_heads, ns_polish)
 
         return jax.tree.map(direction, specs, ahead), MuonState(new)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonal(spec: Spec, u: Array, steps: int, dtype: DType, split_heads: bool) -> Array:
+def orthogonal(spec: Spec, u: Array, steps: int, dtype: DType, split_heads: bool, polish: int = 0) -> Array:
     """sqrt(max(rows, cols)) * NS of each of the weight's matrices: entries of RMS about one, float32."""
     batch, ins, outs = _axes(spec, split_heads)
     order = batch + ins + outs
@@ -80,7 +87,7 @@ def orthogonal(spec: Spec, u: Array, steps: int, dtype: DType, split_heads: bool
 
     x = mesh.whole(_unit(u, ins + outs).astype(dtype), spec)
     x_BPQ = x.transpose(order).reshape(*(u.shape[i] for i in batch), rows, cols)
-    x_BPQ = _iterate(x_BPQ, steps)
+    x_BPQ = _iterate(x_BPQ, steps, polish)
     x = x_BPQ.reshape([u.shape[i] for i in order]).transpose([order.index(i) for i in range(u.ndim)])
     return math.sqrt(max(rows, cols)) * mesh.rest(x, spec).astype(jnp.float32)
 
@@ -100,20 +107,23 @@ def _unit(x: Array, axes: tuple[int, ...]) -> Array:
     return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) + 1e-7)
 
 
-def _iterate(x_BPQ: Array, steps: int) -> Array:
-    """`steps` times x <- a x + (b A + c A A) x with A = x x^T, on the side where A is smaller."""
-    a, b, c = COEFFICIENTS
+def _iterate(x_BPQ: Array, steps: int, polish: int) -> Array:
+    """`steps` of the published quintic, then `polish` of the convergent one, on the side where x x^T is smaller."""
+    tall = x_BPQ.shape[-2] > x_BPQ.shape[-1]
+    x_BPQ = jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
+    for coefficients, count in ((PUBLISHED, steps), (CONVERGENT, polish)):
+        if count:
+            x_BPQ = jax.lax.fori_loop(0, count, lambda _, x, c=coefficients: _quintic(x, *c), x_BPQ)
+    return jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
+
+
+def _quintic(x_BPQ: Array, a: float, b: float, c: float) -> Array:
+    """a x + (b A + c A A) x with A = x x^T: each singular value s becomes a s + b s^3 + c s^5."""
     dtype = x_BPQ.dtype
-
-    def step(_: Any, x_BPQ: Array) -> Array:
-        gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
-        low_BPP = gram_BPP.astype(dtype)
-        poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
-        return (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
-
-    if x_BPQ.shape[-2] > x_BPQ.shape[-1]:
-        return jnp.swapaxes(jax.lax.fori_loop(0, steps, step, jnp.swapaxes(x_BPQ, -1, -2)), -1, -2)
-    return jax.lax.fori_loop(0, steps, step, x_BPQ)
+    gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
+    low_BPP = gram_BPP.astype(dtype)
+    poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
+    return (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:

@@ -2,7 +2,10 @@
 
 A message is `{"role", "content", "reasoning_content"?, "tool_calls"?: [{"name", "arguments"}]}`, a tool
 `{"name", "description", "parameters"}`; OpenAI's `{"type": "function", "function": ...}` around either is unwrapped.
-There is no end-of-turn token: the next role token ends a turn, so an assistant learns to write it.
+A message of role tool may hold several results, as a list. The words around the tools' descriptions are the checkpoint's
+(`glm_jax.text.template`). There is no end-of-turn token: the next role token ends a turn, so an assistant learns to write it.
+
+Sampled tokens are never rendered again: `observation_tokens` and `question_tokens` go on from the ids.
 """
 
 import json
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm_jax.config import ConfigError, nearest
+from glm_jax.text.template import OUR_TEMPLATE, wording
 from glm_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 Message = Mapping[str, Any]
@@ -22,24 +26,6 @@ ROLES = ("system", "user", "assistant", "tool")
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _SWITCH = "/nothink"
 _NO_THOUGHT = "\n<think></think>"
-_TOOLS_BEFORE = """<|system|>
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-"""
-_TOOLS_AFTER = """</tools>
-
-For each function call, output the function name and arguments within the following XML format:
-<tool_call>{function-name}
-<arg_key>{arg-key-1}</arg_key>
-<arg_value>{arg-value-1}</arg_value>
-<arg_key>{arg-key-2}</arg_key>
-<arg_value>{arg-value-2}</arg_value>
-...
-</tool_call>"""
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 
 
@@ -69,9 +55,13 @@ def render(
     tools: Sequence[Tool] | None = None,
     enable_thinking: bool = True,
     add_generation_prompt: bool = True,
+    template: str = OUR_TEMPLATE,
 ) -> str:
-    """The dialogue as GLM-4.5's published `chat_template.jinja` shows it, byte for byte (content `None` reads as "")."""
-    return "".join(part.text for part in _parts(messages, tools, enable_thinking, add_generation_prompt))
+    """The dialogue as GLM-4.5's published `chat_template.jinja` shows it, byte for byte (content `None` reads as "").
+
+    Our own words stand around the tools; a checkpoint's come with `template`, the text of the file in its folder.
+    """
+    return "".join(part.text for part in _parts(messages, tools, enable_thinking, add_generation_prompt, template))
 
 
 def render_tokens(
@@ -81,14 +71,14 @@ def render_tokens(
     enable_thinking: bool = True,
     add_generation_prompt: bool = True,
 ) -> Rendered:
-    """`render` in ids: the template's own tags are special tokens, whatever anybody typed is plain text.
+    """`render` in ids, with the tokenizer's template: its tags are special tokens, whatever anybody typed is plain text.
 
     Trained is what the model writes: all after `<|assistant|>`, and the one role token that ends the turn. With
     thinking these are the turns after the last user message, as the reasoning of earlier ones is blanked; in direct
     mode every turn, less its `<think>` block, which the prompt gives. A dialogue that ends with an assistant's turn,
     no generation prompt added, gets the closing token too: `<|observation|>` after calls, else `<|user|>`.
     """
-    parts = [*_parts(messages, tools, enable_thinking, add_generation_prompt)]
+    parts = [*_parts(messages, tools, enable_thinking, add_generation_prompt, tokenizer.template)]
     if not add_generation_prompt and messages[-1]["role"] == "assistant":
         parts.append(_Part("<|observation|>" if messages[-1].get("tool_calls") else "<|user|>", trained=True))
     return _encode(tokenizer, parts)
@@ -105,6 +95,18 @@ def observation_tokens(tokenizer: Tokenizer, results: Sequence[str], enable_thin
     return _encode(tokenizer, [*parts, _generation_prompt(enable_thinking)]).ids
 
 
+def question_tokens(tokenizer: Tokenizer, ids: Sequence[int], content: Any, enable_thinking: bool = True) -> list[int]:
+    """The prompt of the user's next question: `ids`, all that was read and sampled so far, then `content`.
+
+    As the template has it, a new question blanks the thoughts before it, which here are cut out of the ids, and
+    `<|user|>` ends the turn before, whatever other stop did or none; what else was sampled stays as it was sampled.
+    """
+    ids = [int(i) for i in ids]
+    before = ids[:-1] if ids and ids[-1] in stop_ids(tokenizer) else ids
+    parts = [*_user(_text(content, "the question"), enable_thinking), _generation_prompt(enable_thinking)]
+    return [*_without_thoughts(tokenizer, before), tokenizer.id("<|user|>"), *_encode(tokenizer, parts).ids]
+
+
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a turn: `<|endoftext|>`, `<|user|>`, `<|observation|>`."""
     return tuple(tokenizer.id(name) for name in STOPS)
@@ -116,7 +118,10 @@ def unwrap(function: Any) -> Any:
 
 
 def parameters(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
-    """The schema of every parameter of every tool: name of the tool -> name of the parameter -> JSON schema."""
+    """The schema of every parameter of every tool: name of the tool -> name of the parameter -> JSON schema.
+
+    References into the tool's own schema ("$ref": "#/$defs/...") are followed.
+    """
     found = {}
     for place, tool in enumerate(map(unwrap, tools)):
         name = tool.get("name") if isinstance(tool, Mapping) else None
@@ -128,20 +133,38 @@ def parameters(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
                 f"tool {name!r} has parameters={schema!r}, which must be a JSON schema of an object; "
                 'without parameters use {"type": "object", "properties": {}}'
             )
-        found[name] = dict(schema.get("properties") or {})
+        properties = schema.get("properties") or {}
+        found[name] = {parameter: _followed(part, schema) for parameter, part in properties.items()}
     return found
 
 
+def _followed(schema: Any, root: Mapping[str, Any], depth: int = 8) -> Any:
+    """`schema` with what its references into `root` name in their place, as deep as a parameter's type needs."""
+    if not isinstance(schema, Mapping) or not depth:
+        return schema
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target: Any = root
+        for key in reference.removeprefix("#/").split("/"):
+            target = target.get(key) if isinstance(target, Mapping) else None
+        target = _followed(target, root, depth - 1)
+        return {**target, **schema} if isinstance(target, Mapping) else schema
+    choices = {key: schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list | tuple)}
+    return {**schema, **{key: [_followed(part, root, depth - 1) for part in parts] for key, parts in choices.items()}}
+
+
 def _parts(
-    messages: Sequence[Message], tools: Sequence[Tool] | None, thinking: bool, generation_prompt: bool
+    messages: Sequence[Message], tools: Sequence[Tool] | None, thinking: bool, generation_prompt: bool, template: str
 ) -> Iterator[_Part]:
     _check(messages)
-    yield _Part("[gMASK]<sop>")
+    words = wording(template)
     if tools:
         parameters(tools)
-        yield _Part(_TOOLS_BEFORE)
+        yield _Part(words.before)
         yield _Part("".join(_json(tool, "a tool") + "\n" for tool in tools), typed=True)
-        yield _Part(_TOOLS_AFTER)
+        yield _Part(words.after)
+    else:
+        yield _Part("[gMASK]<sop>")
     last_user = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=-1)
     before, learnt = None, False  # role of the turn before, and whether it was trained
     for place, message in enumerate(messages):
@@ -152,19 +175,18 @@ def _parts(
             yield _Part("<|assistant|>")
             yield from _assistant(message, where, keep_reasoning=after_user, thinking=thinking, learnt=learnt)
         else:
-            text = _text(message.get("content"), where, listed=role != "tool")
+            content = message.get("content")
             if role == "system":
                 yield _Part("<|system|>\n")
-                yield _Part(text, typed=True)
+                yield _Part(_text(content, where), typed=True)
             elif role == "user":
                 yield _Part("<|user|>", trained=learnt)
-                yield _Part("\n")
-                yield _Part(text if thinking else text.removesuffix(_SWITCH), typed=True)
-                yield _Part("" if thinking else _SWITCH)
+                yield from _user(_text(content, where), thinking)
             else:
-                if before != "tool":
+                if before != "tool" or isinstance(content, list | tuple):
                     yield _Part("<|observation|>", trained=learnt)
-                yield from _tool_response(text)
+                for result in _results(content):
+                    yield from _tool_response(_text(result, where, listed=False))
             learnt = False
         before = role
     if generation_prompt:
@@ -195,6 +217,34 @@ def _assistant(message: Message, where: str, keep_reasoning: bool, thinking: boo
             for index, text in enumerate(pair):
                 yield _Part(text, typed=index % 2 == 1, trained=learnt)
         yield _Part("</tool_call>", trained=learnt)
+
+
+def _without_thoughts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """`ids` less what stands between <think> and </think>. A thought that was left open ends where the turn goes on."""
+    begin, end = tokenizer.id("<think>"), tokenizer.id("</think>")
+    goes_on = {tokenizer.id(name) for name in ("<tool_call>", "<|assistant|>", *STOPS)}
+    kept: list[int] = []
+    thinking = False
+    for i in ids:
+        if thinking and i in goes_on:
+            kept.append(end)
+        thinking = i == begin or (thinking and i != end and i not in goes_on)
+        if i == begin or not thinking:
+            kept.append(i)
+    return [*kept, end] if thinking else kept
+
+
+def _user(text: str, thinking: bool) -> Iterator[_Part]:
+    yield _Part("\n")
+    yield _Part(text if thinking else text.removesuffix(_SWITCH), typed=True)
+    yield _Part("" if thinking else _SWITCH)
+
+
+def _results(content: Any) -> Sequence[Any]:
+    """The results in a tool's message: one, or as many as are listed, each a text or `{"output": text}`."""
+    if not isinstance(content, list | tuple):
+        return [content]
+    return [result.get("output", result) if isinstance(result, Mapping) else result for result in content]
 
 
 def _tool_response(text: str) -> Iterator[_Part]:
@@ -237,11 +287,12 @@ def _check(messages: Sequence[Message]) -> None:
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES:
             raise DialogueError(f"messages[{place}] has role={role!r}; {nearest(str(role), list(ROLES))}")
-        if role == "tool" and unanswered < 1:
+        results = len(_results(message.get("content"))) if role == "tool" else 0
+        if results > unanswered:
             raise DialogueError(
                 f"messages[{place}] is a tool's result without a call before it; put the call's turn first"
             )
-        unanswered = unanswered - 1 if role == "tool" else len(message.get("tool_calls") or ())
+        unanswered = unanswered - results if role == "tool" else len(message.get("tool_calls") or ())
 
 
 def _text(content: Any, where: str, listed: bool = True) -> str:

@@ -230,7 +230,7 @@ def _types(schema: Any) -> set[str]:
         return {schema["type"]} if isinstance(schema["type"], str) else set(schema["type"])
     if "enum" in schema or "const" in schema:
         return {_type(value) for value in schema.get("enum", [schema.get("const")])}
-    return {name for part in [*schema.get("anyOf", ()), *schema.get("oneOf", ())] for name in _types(part)}
+    return {name for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key, ()) for name in _types(part)}
 
 
 def _type(value: Any) -> str:

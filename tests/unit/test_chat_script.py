@@ -120,8 +120,10 @@ def test_it_remembers_what_was_said_less_the_thoughts_until_an_empty_line(runs, 
     assert told.out == 3 * "<think>hm</think>\ncup\n" and told.err == "(a new dialogue)\n"
     tokenizer = rollout.load_policy(runs / "unified").tokenizer
     one, two, three = ({"role": "user", "content": text} for text in ("One?", "Two?", "Three?"))
-    assert read == [render_tokens(tokenizer, messages).ids for messages in ([one], [one, SAID, two], [three])]
-    assert read[1].count(tokenizer.encode("hm")[0]) == 0  # the earlier thought is blank
+    assert [read[0], read[2]] == [render_tokens(tokenizer, [message]).ids for message in (one, three)]
+    sampled = tokenizer.encode("<think></think>\ncup", special=True)  # as sampled, less the thought: no line before it
+    assert read[1] == [*read[0], *sampled, *render_tokens(tokenizer, [two]).ids[2:]]
+    assert read[1] != render_tokens(tokenizer, [one, SAID, two]).ids
 
 
 def test_on_a_terminal_the_thought_is_dimmed(runs, monkeypatch):

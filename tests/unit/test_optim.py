@@ -74,6 +74,27 @@ def test_every_matrix_of_the_model_goes_to_muon_and_nothing_else_does():
     assert {"head_DV", "moe.ffn.router_DE", "mtp.project_UD", "moe.ffn.shared.gate_DM"} <= set(owners) - adamw
 
 
+def test_muon_keeps_no_momentum_for_what_it_leaves_alone_and_has_never_heard_of_the_balance_bias():
+    specs = model.specs(_glm45().model)
+    assert not [name for name, _ in leaves(specs) if "router_bias" in name]
+    opt = jax.eval_shape(optim.optimizer(Optim(), SPECS).init, _arrays(0))
+    held = {name for name, m in optax.tree.get(opt, "momentum").items() if not isinstance(m, optax.MaskedNode)}
+    assert held == {"q_DNH", "router_DE", "head_DV"}
+
+
+def test_polish_reaches_the_optimizer_and_none_of_it_is_muon_as_published():
+    params, grads = _arrays(0), _arrays(1)
+    rms = []
+    for polish in (0, 2):
+        tx = optim.optimizer(Optim(ns_polish=polish, ns_dtype="float32", weight_decay=0.0), SPECS)
+        direction, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+        rms.append([float(jnp.sqrt(jnp.mean(direction[name] ** 2))) for name in ("q_DNH", "head_DV")])
+    assert rms[1] == pytest.approx([0.2, 0.2], rel=0.01)
+    assert rms[0] != pytest.approx([0.2, 0.2], rel=0.03)
+    with pytest.raises(ConfigError, match="ns_polish=-1 must be at least 0"):
+        Optim(ns_polish=-1)
+
+
 def test_the_learning_rate_multiplies_weight_decay_and_norms_and_biases_have_none():
     zeros = jax.tree.map(jnp.zeros_like, _arrays(0))
     for everywhere, name in ((False, "muon"), (True, "adamw")):

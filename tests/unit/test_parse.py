@@ -171,6 +171,31 @@ def test_a_value_is_text_or_json_as_its_schema_says(text, schema, expected):
     assert (got, type(got), status) == (expected, type(expected), "ok")
 
 
+@pytest.mark.parametrize(
+    "schema, expected",
+    [
+        ({"$ref": "#/$defs/City"}, "12"),
+        ({"$ref": "#/$defs/Alias", "description": "where"}, "12"),
+        ({"allOf": [{"$ref": "#/$defs/City"}]}, "12"),
+        ({"$ref": "#/$defs/Many"}, 12),
+        ({"$ref": "#/$defs/absent"}, 12),
+        ({"$ref": "elsewhere.json"}, 12),
+        ({"$ref": "#/$defs/Endless"}, 12),
+    ],
+)
+def test_the_type_may_stand_behind_a_reference(schema, expected):
+    defs = {
+        "City": {"enum": ["12", "13"]},
+        "Alias": {"$ref": "#/$defs/City"},
+        "Many": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/None"}]},
+        "None": {"type": "null"},
+        "Endless": {"$ref": "#/$defs/Endless"},
+    }
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": {"x": schema}, "$defs": defs}}]
+    told = parse("<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>12</arg_value>\n</tool_call>", tools)
+    assert (told["tool_calls"], told["status"]) == ([{"name": "f", "arguments": {"x": expected}}], "ok")
+
+
 @pytest.mark.parametrize("text", ["ten", "", "{'a': 1}", "NaN", "-Infinity", "1e999", '"\\ud800"', "[" * 100_000])
 def test_what_is_no_json_stays_text_and_is_told(text):
     assert value(text, {"type": "integer"}) == (text, "invalid_json")

@@ -1,6 +1,10 @@
+import json
+
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from glm_jax.config import ConfigError
+from glm_jax.text.template import OUR_TEMPLATE
 from glm_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer, train
 
 TEXTS = [
@@ -69,3 +73,93 @@ def test_vocabulary_size_is_checked(size):
 def test_unknown_special_offers_the_nearest(tokenizer):
     with pytest.raises(KeyError, match="<think>"):
         tokenizer.id("<thnk>")
+
+
+# ---- files of others
+
+
+def published(tokenizer, first: int, **other) -> dict:
+    """A file as published: ids of its own (GLM-4.5's begin at 151,329), and a splitting of its own: digits one by one."""
+    described = json.loads(tokenizer.dumps())
+    for place, token in enumerate(described["added_tokens"]):
+        token["id"] = first + place
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\d|[^\d]+"
+    return {**described, **other}
+
+
+def written(tmp_path, described) -> str:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(described if isinstance(described, str) else json.dumps(described))
+    return str(path)
+
+
+def test_a_published_file_keeps_its_ids_its_splitting_and_its_text(tokenizer, tmp_path):
+    shorter = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    described = published(tokenizer, 151_329, truncation=shorter)
+    entries = described["model"]["vocab"]
+    entries |= {f"entry{i}": i for i in range(len(entries), 151_329)}  # as many as GLM-4.5's
+    path = written(tmp_path, described)
+    loaded, theirs = Tokenizer.load(path, 151_552), Backend.from_file(path)
+    theirs.no_truncation()
+    assert loaded.vocab_size == 151_552 and Tokenizer.load(path).vocab_size == 151_424
+    assert [loaded.id(name) for name in ("<|endoftext|>", "<|user|>", "<think>", "<|video|>")] == [
+        151_329, 151_336, 151_350, 151_364,
+    ]  # fmt: skip
+    for text in [*TEXTS, "12345 /nothink", "<|user|>\n\U0001f642<think>"]:
+        assert loaded.encode(text, special=True) == theirs.encode(text, add_special_tokens=False).ids
+        assert max(loaded.encode(text)) < 384
+        assert loaded.decode(loaded.encode(text)) == text == loaded.decode(loaded.encode(text, special=True))
+    assert len(loaded.encode("12345")) == 5
+
+
+def test_a_special_token_that_the_vocabulary_itself_holds_is_still_not_typed(tokenizer, tmp_path):
+    described = published(tokenizer, 348)
+    described["model"]["vocab"] |= {token["content"]: token["id"] for token in described["added_tokens"]}
+    loaded = Tokenizer.load(written(tmp_path, described))
+    assert loaded.id("/nothink") not in loaded.encode("/nothink")
+    assert loaded.decode(loaded.encode("/nothink")) == "/nothink"
+
+
+def test_tokens_beyond_glms_are_kept_and_never_typed_either(tokenizer, tmp_path):
+    described = published(tokenizer, 400)
+    described["added_tokens"].append({**described["added_tokens"][-1], "content": "<|more|>", "id": 500})
+    loaded = Tokenizer.load(written(tmp_path, described))
+    assert loaded.encode("<|more|>", special=True) == [500]
+    assert loaded.vocab_size == 512 and 500 not in loaded.encode("<|more|>")
+
+
+def test_the_template_beside_the_file_goes_with_it(tokenizer, tmp_path):
+    assert tokenizer.template == OUR_TEMPLATE
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    assert (tmp_path / "chat_template.jinja").read_text() == OUR_TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text("theirs")
+    (tmp_path / "copy").mkdir()
+    Tokenizer.load(path).save(tmp_path / "copy" / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "copy" / "tokenizer.json").template == "theirs"
+    (tmp_path / "chat_template.jinja").unlink()
+    assert Tokenizer.load(path).template == OUR_TEMPLATE
+
+
+def test_a_tokenizer_without_the_special_tokens_names_them(tokenizer, tmp_path):
+    described = published(tokenizer, 348)
+    described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] not in ("<think>", "/nothink")]
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.json: .*has no <think> /nothink: 2 of GLM-4.5's 36.*added_tokens"
+    ):
+        Tokenizer.load(written(tmp_path, described))
+    with pytest.raises(ConfigError, match=r"has no <\|endoftext\|> .* <\|video\|>: 36 of"):
+        Tokenizer.load(written(tmp_path, {**described, "added_tokens": []}))
+
+
+def test_a_file_that_does_not_fit_or_is_none_is_named_with_a_way_out(tokenizer, tmp_path):
+    path = written(tmp_path, published(tokenizer, 600))
+    with pytest.raises(ConfigError, match=r"tokenizer.json: .*ids up to 635 do not fit vocab_size=512; .*at least 636"):
+        Tokenizer.load(path, 512)
+    with pytest.raises(ConfigError, match=r"absent.json does not exist"):
+        Tokenizer.load(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match=r"is no whole tokenizer.json .*copy it again"):
+        Tokenizer.load(written(tmp_path, tokenizer.dumps()[:5000]))
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    with pytest.raises(ConfigError, match=r"is WordLevel; GLM-4\.5's is a byte-level BPE"):
+        Tokenizer.load(written(tmp_path, published(tokenizer, 348, model=words)))
