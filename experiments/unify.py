@@ -46,9 +46,12 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     out = folder / "unified" / "sft"
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
-    levels, prompts = run.post.unify.grpo.levels, run.post.unify.prompts
+    levels, unify = run.post.unify.grpo.levels, run.post.unify
+    prompts = {one.domain: round(unify.prompts * unify.mixture.get(one.domain, 1.0)) for one in run.post.experts}
     last = {one.domain: last_rl(folder / one.domain) for one in run.post.experts}
-    accepted = {one.domain: answers(run, one, last[one.domain], levels, prompts) for one in run.post.experts}
+    accepted = {
+        one.domain: answers(run, one, last[one.domain], levels, prompts[one.domain]) for one in run.post.experts
+    }
     counts = {domain: {"from": last[domain].name, **found.record()} for domain, found in accepted.items()}
     checkpoint.write_json(folder / "unified" / REJECTION_FILE, counts)
     for domain, count in counts.items():
@@ -61,8 +64,8 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
         )
     if empty:
         print(f"nothing was accepted of {', '.join(empty)}: the unified model is not taught it", flush=True)
-    training, validation = split(accepted, run.post.unify.direct_share, run.post.unify.sft.held_out)
-    return sft.train(run, run.post.unify.sft, training, validation, out, checkpoint.stage_folder(folder))
+    training, validation = split(accepted, unify.direct_share, unify.sft.held_out)
+    return sft.train(run, unify.sft, training, validation, out, checkpoint.stage_folder(folder))
 
 
 def cold_start_again(run: Run, one: Expert, folder: Path) -> dict[str, Any]:

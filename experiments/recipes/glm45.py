@@ -14,7 +14,7 @@ def glm45() -> Run:
     )
     midtrain = (
         _stage("repositories", TRILLION // 2, 32_768, 1e6, {"code": 1.0}, midtrain=True),
-        _stage("reasoning", TRILLION // 2, 32_768, 1e6, {"reasoning": 0.5, "math": 0.3, "code": 0.2}, midtrain=True),
+        _stage("reasoning", TRILLION // 2, 32_768, 1e6, {"math": 0.7, "code": 0.3}, midtrain=True),
         _stage("long_context", TRILLION // 10, 131_072, 1e6, {"general": 0.5, "code": 0.5}, midtrain=True),
     )
     return Run(name="glm45", model=Model(), pretrain=pretrain, midtrain=midtrain, mesh=Mesh(data=1, fsdp=-1, expert=8))

@@ -26,12 +26,12 @@ def tiny() -> Run:
         max_positions=4096, rope_theta=1e4, dtype="float32", remat="none",
     )  # fmt: skip
     pretrain = (
-        Stage("stage1", 1_064_960, 256, 1e4, microbatch_rows=16, mixture={"general": 0.7, "code": 0.25, "math": 0.05}),
-        Stage("stage2", 819_200, 256, 1e4, microbatch_rows=16, mixture={"general": 0.15, "code": 0.65, "math": 0.2}),
+        Stage("stage1", 1_064_960, 256, 1e4, microbatch_rows=8, mixture={"general": 0.7, "code": 0.25, "math": 0.05}),
+        Stage("stage2", 819_200, 256, 1e4, microbatch_rows=8, mixture={"general": 0.15, "code": 0.65, "math": 0.2}),
     )
     midtrain = (
         Stage(
-            "midtrain", 409_600, 1024, 1e6, microbatch_rows=4, mixture={"general": 0.15, "code": 0.4, "math": 0.15, "reasoning": 0.3},
+            "midtrain", 409_600, 1024, 1e6, microbatch_rows=4, mixture={"general": 0.2, "code": 0.6, "math": 0.2},
             packing="best_fit", isolate=True, long_documents=True,
         ),
     )  # fmt: skip
@@ -42,7 +42,7 @@ def tiny() -> Run:
         midtrain=midtrain,
         optim=Optim(ns_dtype="float32"),
         schedule=Schedule(
-            peak_lr=1e-2, final_lr=1e-3, warmup_tokens=81_920, batch_tokens_start=4096, batch_tokens=8192,
+            peak_lr=8e-3, final_lr=1e-3, warmup_tokens=81_920, batch_tokens_start=2048, batch_tokens=4096,
             batch_ramp_tokens=409_600, mtp_switch_tokens=1_064_960, bias_rate=1e-2, bias_freeze_tokens=2_129_920,
         ),
         data=Data(),
@@ -53,20 +53,20 @@ def tiny() -> Run:
 
 
 def posttrain() -> Posttrain:
-    """Three experts and their unification, on tasks that fit a hundred tokens (agent: six hundred).
+    """Three experts and their unification, on tasks that fit two hundred tokens (agent: six hundred).
 
     The teacher of the cold starts slips in some of its dialogues: that is what imitation cannot get rid of, and RL can.
     """
     sft = SFT(
-        dialogues=3200, held_out=192, slips=0.3, epochs=5, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
+        dialogues=1600, held_out=192, slips=0.3, epochs=4, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
         final_lr=4e-4, optim=Optim(ns_dtype="float32"),
     )  # fmt: skip
     grpo = GRPO(
-        steps=60, levels=(1, 2), groups=12, oversample=8 / 3, rounds=2, max_new_tokens=48, max_tokens=112, seq_len=256,
+        steps=40, levels=(1, 2), groups=12, oversample=8 / 3, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
         microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.1, hard_attempts=32, hard_pool=32,
         optim=Optim(name="adamw", adam_b2=0.98, weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144)
+    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144, peak_lr=3e-4)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=1, batch_rows=1)
     agent = replace(
         grpo, steps=24, groups=6, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2, hard_pool=16
@@ -74,11 +74,11 @@ def posttrain() -> Posttrain:
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
-            Expert("agent", sft=replace(long_sft, dialogues=320, held_out=64, slips=0.25, epochs=6), sft_levels=(1, 2), grpo=agent),
+            Expert("agent", sft=replace(long_sft, dialogues=320, held_out=64, slips=0.25, epochs=8), sft_levels=(1, 2), grpo=agent),
             Expert("chat", sft=replace(sft, dialogues=900, epochs=5), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
-            prompts=1536, answers=1, sft=replace(long_sft, slips=0.0, epochs=5),
+            prompts=1536, mixture={"agent": 0.5}, answers=1, sft=replace(long_sft, slips=0.0, epochs=5),
             grpo=replace(agent, steps=12, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
@@ -101,11 +101,11 @@ def smoke() -> Run:
         **{
             "name": "smoke",
             "model.L": 3,
+            "schedule.batch_ramp_tokens": 40_960,
             "pretrain.0.tokens": 122_880,
             "pretrain.1.tokens": 81_920,
             "midtrain.0.tokens": 81_920,
             "schedule.warmup_tokens": 16_384,
-            "schedule.batch_ramp_tokens": 40_960,
             "schedule.mtp_switch_tokens": 122_880,
             "schedule.bias_freeze_tokens": 282_624,
             "loop.eval_bytes": 20_000,

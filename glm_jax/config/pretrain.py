@@ -189,7 +189,6 @@ class Data:
     """From documents to rows (report, section 2.2-2.3; spec sections 5-6)."""
 
     paths: tuple[str, ...] = ()  # folders of text added to the built-in sources
-    exercises: int = 400  # documents of synthetic reasoning, the domain "reasoning"
     seed: int = 0
     held_out: float = 0.05  # share of documents, split by content hash
     tokenizer_bytes: int = 4_000_000  # of text that the BPE is trained on

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from glm_jax.config import ConfigError
 
-DOMAINS: tuple[str, ...] = ("general", "code", "math", "reasoning")
+DOMAINS: tuple[str, ...] = ("general", "code", "math")
 
 
 class DataError(ConfigError):

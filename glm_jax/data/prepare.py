@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import dedup, heldout, quality, sources, stages, synthetic
+from glm_jax.data import dedup, heldout, quality, sources, stages
 from glm_jax.data.document import (
     DOMAINS,
     DataError,
@@ -176,7 +176,6 @@ def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
             tell(min(len(documents), expected), expected)
     for name in run.data.paths:
         documents += sources.folder(Path(name), run.data.max_document_bytes, drops)
-    documents += synthetic.exercises(documents, run.data.exercises, run.data.seed)
     training, held_out = heldout.split(documents, run.data.held_out)
     (to / "collected").mkdir()
     write_documents(to / "collected" / "train.jsonl", training)

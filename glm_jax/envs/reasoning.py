@@ -30,9 +30,13 @@ def _totals(metadata: dict[str, Any]) -> list[int]:
 
 
 def _sum_steps(metadata: dict[str, Any]) -> str:
-    totals, rest = _totals(metadata), metadata["expression"].split()[1:]
-    steps = zip(totals, rest[::2], rest[1::2], totals[1:], strict=False)
-    return "\n".join(f"{total} {sign} {term} = {result}" for total, sign, term, result in steps)
+    """Each term is counted up or down by ones: what is left of it, and the total so far."""
+    lines, rest = [], metadata["expression"].split()[1:]
+    for total, sign, term in zip(_totals(metadata), rest[::2], rest[1::2], strict=False):
+        lines.append(f"{total} {sign} {term}")
+        step = 1 if sign == "+" else -1
+        lines += [f"{left} {total + step * (int(term) - left)}" for left in range(int(term), -1, -1)]
+    return "\n".join(lines)
 
 
 def _sum_slip(metadata: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def test_a_fingerprint_knows_the_class():
         ({"model.D": 0}, ("D=0", "at least 1")),
         ({"model.rope_fraction": 0.1}, ("rope_fraction=0.1", "even number")),
         ({"schedule.final_lr": 1.0}, ("final_lr=1.0", "0..peak_lr")),
-        ({"schedule.batch_tokens": 8193}, ("8193", "microbatch_tokens=4096", "stage1")),
+        ({"schedule.batch_tokens": 8193}, ("8193", "microbatch_tokens=2048", "stage1")),
         ({"pretrain.0.seq_len": 8192}, ("seq_len=8192", "max_positions=4096")),
         ({"pretrain.0.mixture": {"code": -1.0}}, ("stage1", "-1.0", ">= 0")),
         ({"pretrain.1.name": "stage1"}, ("stage1", "must differ")),

@@ -289,7 +289,7 @@ def test_questions_are_reasoning_gyms_own(kind):
 @pytest.mark.parametrize(
     "kind, metadata, steps",
     [
-        ("sum", {"expression": "4 + 7 - 13"}, "4 + 7 = 11\n11 - 13 = -2"),
+        ("sum", {"expression": "4 + 2 - 3"}, "4 + 2\n2 4\n1 5\n0 6\n6 - 3\n3 6\n2 5\n1 4\n0 3"),
         ("spell", {"word": "stone"}, "s t o n e\ne n o t s"),
         ("count", {"span": ["The", "Tent"], "target_letter": "t"}, "T 1 h e\nT 2 e n t 3"),
     ],

@@ -50,3 +50,10 @@ def test_slips_are_asked_only_of_environments_that_have_them(monkeypatch, tmp_pa
     sft.check_slips(replace(run.post.experts[0], **{"sft.slips": 0.0}))
     with pytest.raises(ConfigError, match="its teachers are the experts"):
         replace(run, **{"post.unify.sft.slips": 0.1})
+
+
+def test_a_domain_may_have_more_prompts_than_another():
+    run = recipes.get("tiny")
+    for mixture, told in (({"maths": 2.0}, "name one of them"), ({"agent": 0.0}, "positive multiples")):
+        with pytest.raises(ConfigError, match=told):
+            replace(run, **{"post.unify.mixture": mixture})
