@@ -94,7 +94,7 @@ def _model(there: dict[str, Any], path: Path, mtp_layers: int | None, dtype: DTy
 
 
 def _get(there: dict[str, Any], name: str, absent: Any) -> Any:
-    for spelling in (name, OTHER_SPELLING.get(name)):
+    for spelling in (name, OTHER_SPELLING.get(name, name)):
         if there.get(spelling) is not None:
             return there[spelling]
     return absent

@@ -69,7 +69,7 @@ def save(
     try:
         for _ in export(partial, cfg, arrays, shard_gb=shard_gb, dtype=dtype, companions=companions):
             pass
-        finish(partial, path)
+        partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -82,10 +82,6 @@ def begin(path: Path) -> Path:
     return path.absolute().with_name(path.name + ".partial")
 
 
-def finish(partial: Path, path: Path) -> None:
-    partial.rename(path)
-
-
 def export(
     folder: Path,
     cfg: Model,
@@ -95,10 +91,10 @@ def export(
     dtype: Any = None,
     companions: Path | None = None,
 ) -> Iterator[int]:
-    """Write all files into `folder`; files that are there already are left as they are. Yields bytes as they are written."""
+    """Write all files into `folder`, less the weights' files that are there already. Yields bytes as they are written."""
     if shard_gb <= 0:
         raise ConfigError(f"shard_gb={shard_gb} must be positive")
-    plans = _plan(cfg, arrays, None if dtype is None else jnp.dtype(dtype_name(dtype)))
+    plans = _plan(cfg, arrays, dtype)
     shards = _shards(plans, shard_gb * 1e9)
     folder.mkdir(parents=True, exist_ok=True)
     fetch = _Fetch(arrays)
@@ -106,7 +102,9 @@ def export(
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= {plan.name: file for plan in shard}
-        if not (folder / file).exists():
+        if (folder / file).exists():
+            yield sum(plan.bytes for plan in shard)
+        else:
             yield from _write(folder / file, shard, fetch)
     total = sum(plan.bytes for plan in plans)
     _json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -132,8 +130,17 @@ class _Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: np.dtype | None) -> list[_Planned]:
+def sizes(cfg: Model, arrays: Mapping[str, Source], dtype: Any = None) -> dict[str, int]:
+    """Bytes that `export` writes of each array."""
+    total: dict[str, int] = {}
+    for plan in _plan(cfg, arrays, dtype):
+        total[plan.path] = total.get(plan.path, 0) + plan.bytes
+    return total
+
+
+def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: Any) -> list[_Planned]:
     """All tensors in the order of the files: wider dtypes first, so that every tensor is aligned to its entries."""
+    chosen = None if dtype is None else np.dtype(jnp.dtype(dtype_name(dtype)))
     declared = names.weights(cfg)
     if declared.keys() != arrays.keys():
         wrong = sorted(declared.keys() ^ arrays.keys())
@@ -143,7 +150,7 @@ def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: np.dtype | None) -> l
             raise ConfigError(f"{path} has shape {list(arrays[path].shape)}, but cfg makes it {list(one.shape)}")
     plans = []
     for path, one in declared.items():
-        own = np.dtype(arrays[path].dtype) if dtype is None or path == ROUTER_BIAS else dtype
+        own = np.dtype(arrays[path].dtype) if chosen is None or path == ROUTER_BIAS else chosen
         plans += [_Planned(tensor.name, path, tensor.index, one, own) for tensor in names.tensors(one)]
     whole = {plan.path: plan for plan in plans if not plan.index}
     for name, path in names.copies(cfg).items():
@@ -258,10 +265,10 @@ def _overlap(out: np.ndarray, part: tuple[slice, ...], shard: Any, shape: tuple[
 
 def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: Path | None) -> None:
     """config.json, generation_config.json and the companions."""
-    sizes: dict[str, int] = {}
+    bytes_of: dict[str, int] = {}
     for plan in plans:
-        sizes[plan.dtype.name] = sizes.get(plan.dtype.name, 0) + plan.bytes
-    described = config.written(cfg, dtype_name(max(sizes, key=lambda name: sizes[name])))
+        bytes_of[plan.dtype.name] = bytes_of.get(plan.dtype.name, 0) + plan.bytes
+    described = config.written(cfg, dtype_name(max(bytes_of, key=lambda name: bytes_of[name])))
     ids = _token_ids(cfg, companions)
     if companions is not None:
         for name in COMPANIONS:
