@@ -9,7 +9,6 @@ it is complete. Tokenizer, template and generation settings are copied along (SR
 published model is a stage's folder for `--checkpoint` of chat and evaluate, and `--from` of sft.
 """
 
-import itertools
 import json
 import resource
 import shutil
@@ -84,7 +83,7 @@ def _weights(source: "Checkpoint", folder: Path) -> Iterator[int]:
     """Write every weight that is not there yet; yields bytes, those of one that is at once."""
     from jax import ShapeDtypeStruct
 
-    from glm_jax.hf.write import block_of, block_shape
+    from glm_jax.hf.write import block_shape, blocks
     from glm_jax.train.streamed import Writer
 
     writer = Writer(folder, source.cfg, source.dtypes)
@@ -93,12 +92,9 @@ def _weights(source: "Checkpoint", folder: Path) -> Iterator[int]:
         if writer.done(path, shape):
             yield declared.count * dtype.itemsize
             continue
-        chunk = block_shape(shape, len(shape), dtype.itemsize)
-        corners = itertools.product(*(range(0, size, step) for size, step in zip(shape, chunk, strict=True)))
-        parts = (block_of(corner, shape, len(shape), dtype.itemsize) for corner in corners)
-        yield from writer.write(
-            path, ShapeDtypeStruct(shape, dtype), chunk, ((part, source.read(path, part)) for part in parts)
-        )
+        pieces = ((part, source.read(path, part)) for part in blocks(declared, dtype.itemsize))
+        like = ShapeDtypeStruct(shape, dtype)
+        yield from writer.write(path, like, block_shape(declared, dtype.itemsize), pieces)
 
 
 def described(cfg: Model) -> Run:

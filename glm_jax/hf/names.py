@@ -67,6 +67,14 @@ def transposed(declared: Spec) -> bool:
     return declared.ins != "" and declared.kind != "embedding"
 
 
+def file_order(declared: Spec) -> tuple[int, ...]:
+    """Our dims in the order in which a file has them."""
+    batch, ins, count = len(declared.batch), len(declared.ins), len(declared.dims)
+    if not transposed(declared):
+        return tuple(range(count))
+    return (*range(batch), *range(batch + ins, count), *range(batch, batch + ins))
+
+
 def matrix(declared: Spec) -> tuple[int, int]:
     """(in, out) sizes of one of its matrices; (1, entries) of a vector."""
     sizes = declared.shape[len(declared.batch) :]

@@ -27,7 +27,7 @@ from glm_jax.hf.names import ROUTER_BIAS, Tensor
 from glm_jax.hf.safetensors import DTYPES, Entry, entries, shown
 from glm_jax.spec import Spec
 
-READ_BYTES = 32 * 2**20  # of a file that are mapped at once
+READ_BYTES = 2**24  # of a file that are mapped at once
 FP8 = DTYPES["F8_E4M3"]
 # tensors beside the weights that say nothing about them: tables that are computed, scales of activations
 IGNORED = (".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale")

@@ -4,6 +4,8 @@ Files are written a tensor at a time, weight by weight, so that neither they nor
 The folder is complete or absent: it is written beside, as NAME.partial, and renamed.
 """
 
+import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -26,7 +28,7 @@ from glm_jax.hf.safetensors import INDEX, SINGLE, write
 from glm_jax.spec import Spec
 from glm_jax.text.tokenizer import Tokenizer
 
-BLOCK_BYTES = 64 * 2**20  # of a weight that are fetched at once, unless one of its tensors is larger
+BLOCK_BYTES = 2**24  # of an array that are fetched at once
 COMPANIONS = (  # files of a published folder that go with its weights unchanged
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -97,7 +99,6 @@ def export(
     plans = _plan(cfg, arrays, dtype)
     shards = _shards(plans, shard_gb * 1e9)
     folder.mkdir(parents=True, exist_ok=True)
-    fetch = _Fetch(arrays)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -105,7 +106,7 @@ def export(
         if (folder / file).exists():
             yield sum(plan.bytes for plan in shard)
         else:
-            yield from _write(folder / file, shard, fetch)
+            yield from _write(folder / file, shard, arrays)
     total = sum(plan.bytes for plan in plans)
     _json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     _describe(folder, cfg, plans, companions)
@@ -113,11 +114,11 @@ def export(
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to be written: which part of which array, in which dtype and shape."""
+    """A tensor to be written: which one of which array, in which dtype and shape."""
 
     name: str
     path: str
-    index: tuple[int, ...]
+    number: int  # among the tensors of its array
     declared: Spec
     dtype: np.dtype
 
@@ -151,10 +152,9 @@ def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: Any) -> list[_Planned
     plans = []
     for path, one in declared.items():
         own = np.dtype(arrays[path].dtype) if chosen is None or path == ROUTER_BIAS else chosen
-        plans += [_Planned(tensor.name, path, tensor.index, one, own) for tensor in names.tensors(one)]
-    whole = {plan.path: plan for plan in plans if not plan.index}
-    for name, path in names.copies(cfg).items():
-        plans.append(_Planned(name, path, (), declared[path], whole[path].dtype))
+        plans += [_Planned(tensor.name, path, number, one, own) for number, tensor in enumerate(names.tensors(one))]
+    shared = {plan.path: plan for plan in plans if not plan.declared.batch}
+    plans += [dataclasses.replace(shared[path], name=name) for name, path in names.copies(cfg).items()]
     return sorted(plans, key=lambda plan: -plan.dtype.itemsize)
 
 
@@ -171,59 +171,50 @@ def _shards(plans: Sequence[_Planned], most: float) -> list[list[_Planned]]:
     return shards
 
 
-def _write(file: Path, shard: Sequence[_Planned], fetch: "_Fetch") -> Iterator[int]:
+def _write(file: Path, shard: Sequence[_Planned], arrays: Mapping[str, Source]) -> Iterator[int]:
     """Write one file; the sizes of its pieces come out as they are written."""
     with write(file, [(plan.name, plan.dtype, plan.shape) for plan in shard]) as put:
-        for plan in shard:
-            for piece in _pieces(plan, fetch(plan)):
+        for (path, _), same in itertools.groupby(
+            enumerate(shard), lambda item: (item[1].path, item[1].number - item[0])
+        ):
+            plans = [plan for _, plan in same]
+            for piece in _entries(arrays[path], plans):
                 put(piece)
                 yield piece.nbytes
 
 
-def _pieces(plan: _Planned, matrix: np.ndarray) -> Iterator[np.ndarray]:
-    """A tensor as it lies in the file, from our [in, out] matrix, in pieces of BLOCK_BYTES."""
-    rows = matrix.T if names.transposed(plan.declared) else matrix
-    step = max(1, BLOCK_BYTES // (rows.shape[1] * plan.dtype.itemsize))
-    for first in range(0, rows.shape[0], step):
-        piece = np.empty(rows[first : first + step].shape, plan.dtype)
-        copy(piece, rows[first : first + step])
-        yield piece
+def _entries(array: Source, plans: Sequence[_Planned]) -> Iterator[np.ndarray]:
+    """The entries of neighbouring tensors of one array as they lie in a file, a block at a time."""
+    declared, size = plans[0].declared, math.prod(plans[0].shape)
+    first, last = plans[0].number * size, (plans[-1].number + 1) * size
+    order, begin = names.file_order(declared), 0
+    for part in blocks(declared, array.dtype.itemsize):
+        end = begin + math.prod(one.stop - one.start for one in part)
+        if begin < last and first < end:
+            there = np.asarray(array[part]).transpose(order)
+            piece = np.empty(there.shape, plans[0].dtype)
+            copy(piece, there)
+            yield piece.reshape(-1)[max(first - begin, 0) : last - begin]
+        begin = end
 
 
-class _Fetch:
-    """Gets tensors in order; small neighbours of one array come together."""
-
-    def __init__(self, arrays: Mapping[str, Source]):
-        self._arrays = arrays
-        self._part: tuple[str, tuple[slice, ...]] | None = None
-        self._block = np.empty(0)
-
-    def __call__(self, plan: _Planned) -> np.ndarray:
-        """One tensor's [in, out] matrix ([1, entries] of a vector)."""
-        array, batch = self._arrays[plan.path], len(plan.declared.batch)
-        part = block_of(plan.index, array.shape, batch, np.dtype(array.dtype).itemsize)
-        if self._part != (plan.path, part):
-            self._block = np.empty(0)  # let the last one go before the next one comes
-            self._block, self._part = np.asarray(array[part]), (plan.path, part)
-        local = tuple(i - one.start for i, one in zip(plan.index, part[:batch], strict=True))
-        return self._block[local].reshape(names.matrix(plan.declared))
+def blocks(declared: Spec, itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array, of `block_shape` each, in the order in which their entries lie in a file."""
+    steps = block_shape(declared, itemsize)
+    cuts = [
+        [slice(i, min(i + n, size)) for i in range(0, size, n)] for n, size in zip(steps, declared.shape, strict=True)
+    ]
+    order = names.file_order(declared)
+    for part in itertools.product(*(cuts[dim] for dim in order)):
+        yield tuple(part[order.index(dim)] for dim in range(len(order)))
 
 
-def block_of(index: tuple[int, ...], shape: tuple[int, ...], batch: int, itemsize: int) -> tuple[slice, ...]:
-    """The block of an array that holds `index` of its first `batch` dims: neighbours, at most BLOCK_BYTES unless one
-    alone is larger."""
-    steps = block_shape(shape, batch, itemsize)
-    sizes = zip(index, steps[:batch], shape[:batch], strict=True)
-    inside = [slice(i // n * n, min(i // n * n + n, size)) for i, n, size in sizes]
-    return (*inside, *(slice(0, size) for size in shape[batch:]))
-
-
-def block_shape(shape: tuple[int, ...], batch: int, itemsize: int) -> tuple[int, ...]:
-    """Shape of the blocks of at most BLOCK_BYTES into which the first `batch` dims of an array are cut, in its order."""
-    steps = list(shape)
-    for dim in range(batch):
-        rest = math.prod(shape[dim + 1 :]) * itemsize
-        steps[dim] = max(1, min(shape[dim], BLOCK_BYTES // max(rest, 1)))
+def block_shape(declared: Spec, itemsize: int) -> tuple[int, ...]:
+    """Shape of the largest blocks of at most BLOCK_BYTES that lie in one piece in a file."""
+    steps, order = list(declared.shape), names.file_order(declared)
+    for place, dim in enumerate(order):
+        rest = math.prod(declared.shape[other] for other in order[place + 1 :]) * itemsize
+        steps[dim] = max(1, min(declared.shape[dim], BLOCK_BYTES // rest))
         if rest <= BLOCK_BYTES:
             break
     return tuple(steps)
