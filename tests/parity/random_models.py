@@ -1,5 +1,9 @@
-"""Random configurations, weights and inputs that parity tests and the makers of golden arrays share. NumPy only."""
+"""Random configurations, weights and inputs that the parity tests and the makers of golden arrays share.
 
+Everything follows from raw bits of PCG64, whose stream NumPy promises never to change: golden arrays need no weights.
+"""
+
+import math
 from typing import Any
 
 import jax
@@ -9,62 +13,81 @@ from glm_jax import model
 from glm_jax.config import Model
 
 ROWS, LENGTH = 3, 21
+RATE = 0.15  # deviation of a weight: large enough for routing, attention and norms all to matter
 
 
-def configuration(seed: int) -> Model:
+class Bits:
+    """Numbers from a seed and a name."""
+
+    def __init__(self, *seed: int):
+        self._source = np.random.PCG64(list(seed))
+
+    def below(self, most: int, least: int = 0) -> int:
+        return least + int(self._source.random_raw() % np.uint64(most - least))
+
+    def uniform(self, shape: Any) -> np.ndarray:
+        """Mean 0, deviation 1, float32 exactly."""
+        raw = self._source.random_raw(math.prod(shape)).reshape(shape)
+        return ((raw >> np.uint64(40)).astype(np.float32) / 2**24 - 0.5) * np.float32(math.sqrt(12))
+
+
+def configuration(seed: int, **changes: Any) -> Model:
     """A small model of odd sizes: with or without QK-norm and biases, 1-3 dense layers, 1-4 KV heads, any E and A."""
-    random = np.random.default_rng([seed, 1])
-    pick = random.integers
-    K, experts = int(pick(1, 5)), int(pick(5, 14))
-    dense = int(pick(1, 4))
-    return Model(
-        V=int(pick(30, 80)), D=int(pick(15, 50)), L=dense + int(pick(1, 4)), dense_layers=dense,
-        N=K * int(pick(1, 4)), K=K, H=4 * int(pick(1, 6)), F=int(pick(20, 60)), M=int(pick(7, 30)), E=experts,
-        A=int(pick(2, min(experts, 6))), shared_experts=int(pick(1, 3)), mtp_layers=1, qk_norm=bool(seed % 2),
-        qkv_bias=bool(seed // 2 % 2), rope_fraction=0.5, rope_theta=float(random.choice([1e4, 1e6])), max_positions=128,
-        routed_scale=float(random.choice([1.0, 2.5])), norm_eps=1e-5, dtype="float32", remat="none",
-    )  # fmt: skip
+    of = Bits(seed, 1).below
+    K, experts, dense = of(5, 1), of(14, 5), of(4, 1)
+    shape = {
+        "V": of(80, 30), "D": of(50, 15), "L": dense + of(4, 1), "dense_layers": dense, "N": K * of(4, 1), "K": K,
+        "H": 4 * of(6, 1), "F": of(60, 20), "M": of(30, 7), "E": experts, "A": of(min(experts, 6), 2),
+        "shared_experts": of(3, 1), "qk_norm": bool(seed % 2), "qkv_bias": bool(seed // 2 % 2),
+        "rope_theta": (1e4, 1e6)[of(2)], "routed_scale": (1.0, 2.5)[of(2)],
+    }  # fmt: skip
+    return Model(**{**shape, "max_positions": 128, "dtype": "float32", "remat": "none", **changes})
 
 
-def weights(cfg: Model, seed: int, dtype: Any = np.float32) -> tuple[model.GLM, np.ndarray]:
+def weights(cfg: Model, seed: int) -> tuple[model.GLM, np.ndarray]:
     """Random norms, biases and selection biases too, so that none of them is where it could be forgotten."""
-    noise = np.random.default_rng([seed, 2])
+    bits = Bits(seed, 2)
 
-    def make(spec: Any) -> np.ndarray:
-        return (0.15 * noise.normal(size=spec.shape) + (spec.kind == "norm")).astype(dtype)
+    def make(declared: Any) -> Any:
+        return jax.numpy.asarray(RATE * bits.uniform(declared.shape) + (declared.kind == "norm"))
 
-    params = jax.tree.map(make, model.specs(cfg))
-    return params, (0.2 * noise.normal(size=(cfg.router_rows, cfg.E))).astype(np.float32)
+    return jax.tree.map(make, model.specs(cfg)), 0.2 * bits.uniform((cfg.router_rows, cfg.E))
 
 
 def batch(cfg: Model, seed: int) -> dict[str, np.ndarray]:
     """ids, positions, segments [ROWS, LENGTH]: a left-padded row, a packed one of three documents, and a whole one."""
-    random = np.random.default_rng([seed, 3])
-    segments, positions = np.ones((2, ROWS, LENGTH), np.int32) * np.array([1, 0]).reshape(2, 1, 1)
-    padding = int(random.integers(1, LENGTH // 2))
-    segments[0, :padding] = 0
-    cuts = np.sort(random.choice(np.arange(2, LENGTH - 1), 2, replace=False))
-    segments[1] = 1 + np.searchsorted(cuts, np.arange(LENGTH), side="right")
-    for row in range(ROWS):
-        begins = np.flatnonzero(np.diff(segments[row], prepend=-1))
-        since = np.maximum.accumulate(np.where(np.isin(np.arange(LENGTH), begins), np.arange(LENGTH), 0))
-        positions[row] = np.arange(LENGTH) - since
-    ids = random.integers(0, cfg.V, (ROWS, LENGTH)).astype(np.int32)
+    of = Bits(seed, 3).below
+    segments = np.ones((ROWS, LENGTH), np.int32)
+    segments[0, : of(LENGTH // 2, 1)] = 0
+    first, second = of(8, 1), of(16, 9)
+    segments[1, first:second], segments[1, second:] = 2, 3
+    positions = np.stack([_since_change(row) for row in segments])
+    ids = np.array([[of(cfg.V) for _ in range(LENGTH)] for _ in range(ROWS)], np.int32)
     return {"ids": ids, "positions": positions, "segments": segments}
 
 
+def _since_change(row: np.ndarray) -> np.ndarray:
+    begins = np.flatnonzero(np.diff(row, prepend=-1))
+    return (np.arange(len(row)) - begins[np.searchsorted(begins, np.arange(len(row)), side="right") - 1]).astype(
+        np.int32
+    )
+
+
 def visible(segments: np.ndarray) -> np.ndarray:
-    """[B, 1, T, S]: whether a token sees another; padding sees itself, for a softmax needs something."""
+    """[B, 1, T, S]: whether a token sees another. Padding sees itself, for a softmax needs something."""
     length = segments.shape[1]
     same = segments[:, :, None] == segments[:, None, :]
-    causal = np.tril(np.ones((length, length), bool))
     real = (segments > 0)[:, None, :]
-    return (same & causal & real | np.eye(length, dtype=bool))[:, None]
+    return (same & real & np.tri(length, dtype=bool) | np.eye(length, dtype=bool))[:, None]
 
 
 def targets(rows: dict[str, np.ndarray], ahead: int) -> tuple[np.ndarray, np.ndarray]:
-    """(token `ahead` places on, whether it is of the same document) of every place."""
-    pad = ((0, 0), (0, ahead))
-    ids = np.pad(rows["ids"], pad)[:, ahead:]
-    segments = np.pad(rows["segments"], pad)[:, ahead:]
-    return ids, (segments == rows["segments"]) & (rows["segments"] > 0)
+    """(token `ahead` places on, 1 where it is of the same document) of every place."""
+    ids, segments = (np.pad(rows[name], ((0, 0), (0, ahead)))[:, ahead:] for name in ("ids", "segments"))
+    return ids, ((segments == rows["segments"]) & (segments > 0)).astype(np.float32)
+
+
+def training_batch(rows: dict[str, np.ndarray], main: bool, mtp: bool) -> dict[str, np.ndarray]:
+    """`rows` as the train step takes them, with the weights of the main loss or of the MTP loss only, or of both."""
+    (ids, weight), (ids2, weight2) = targets(rows, 1), targets(rows, 2)
+    return {**rows, "targets": ids, "weights": weight * main, "mtp_targets": ids2, "mtp_weights": weight2 * mtp}
