@@ -66,6 +66,10 @@ def to_run(src: Path, dst: Path, dtype: str | None = None) -> None:
     from glm_jax.train import checkpoint
 
     source = Checkpoint(src, dtype)
+    if not source.cfg.router_rows:
+        raise ConfigError(
+            f"{src} has no MoE layer, and orbax holds no empty balance bias; use glm_jax.hf.load in Python"
+        )
     sizes = {path: declared.count * source.dtypes[path].itemsize for path, declared in source.weights.items()}
     files = {file.name: file.stat().st_size for file in sorted(src.glob("*.safetensors"))}
     partial = begin(dst)

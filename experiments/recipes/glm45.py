@@ -50,7 +50,7 @@ def air_4k() -> Run:
 
 def _short(run: Run) -> Run:
     first = run.pretrain[0]
-    changes = {"model.rope_theta": first.rope_theta, "model.max_positions": first.seq_len, "midtrain": ()}
+    changes = {"midtrain": (), "model.rope_theta": first.rope_theta, "model.max_positions": first.seq_len}
     return replace(run, **changes, name=f"{run.name}_4k")
 
 

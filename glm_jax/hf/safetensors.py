@@ -69,14 +69,13 @@ class Entry:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint in `folder`: of the files that its index names, or of the single file."""
+    """Every tensor of the checkpoint in `folder`: of the single file, which goes first as in transformers, or of those
+    that its index names."""
     index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise ConfigError(
-                f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face checkpoint"
-            )
+    if (folder / SINGLE).is_file():
         return {entry.name: entry for entry in header(folder / SINGLE)}
+    if not index.is_file():
+        raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face checkpoint")
     named = _json(index.read_bytes(), index).get("weight_map", {})
     absent = sorted({file for file in named.values() if not (folder / file).is_file()})
     if absent:

@@ -89,13 +89,13 @@ class Writer:
 
 
 def _skeleton(folder: Path, cfg: Model, dtypes: Mapping[str, np.dtype]) -> None:
-    """A committed checkpoint whose arrays are numbers; the balance bias of a model without experts is its own."""
+    """A committed checkpoint whose arrays are numbers."""
 
     def number(keys: tuple, _: Any) -> np.ndarray:
         return np.zeros((), dtypes[spec.path_name(keys)])
 
     tree = {PARAMS: jax.tree_util.tree_map_with_path(number, model.specs(cfg))}
-    tree[ROUTER_BIAS] = np.zeros(() if cfg.router_rows else (0, cfg.E), np.float32)
+    tree[ROUTER_BIAS] = np.zeros((), np.float32)
     handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=False), "meta": ocp.JsonCheckpointHandler()}
     absl = logging.getLogger("absl")
     before = absl.level
