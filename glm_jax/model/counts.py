@@ -1,6 +1,7 @@
 """What a model has and costs, from its declarations alone: parameters (spec 1.2), cache, floating-point operations."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from glm_jax import spec
 from glm_jax.config import Model
@@ -50,7 +51,7 @@ class Parameters:
 
 def parameters(cfg: Model) -> Parameters:
     """Every count of spec 1.2."""
-    specs = glm.specs(cfg)
+    specs: Any = glm.specs(cfg)
     moe = _layer(specs.moe, cfg.moe_layers) + cfg.E if specs.moe else 0
     dense = _layer(specs.dense, cfg.dense_layers) if specs.dense else 0
     some = specs.moe or specs.dense
@@ -86,7 +87,7 @@ def flops_per_token(cfg: Model, length: int, *, training: bool = False, mtp: boo
     Forward, or with the backward pass (nothing recomputed). `mtp`: the MTP layer and its use of the head too. Norms,
     activations, the softmax and the look-up are left out: less than a percent.
     """
-    specs = glm.specs(cfg)
+    specs: Any = glm.specs(cfg)
     parts = [specs.dense, specs.moe, specs.head_DV] + ([specs.mtp, specs.head_DV] if mtp and specs.mtp else [])
     products = sum(_multiply_adds(cfg, w) for one in parts for _, w in spec.leaves(one))
     layers = cfg.L + bool(mtp and specs.mtp)
@@ -102,9 +103,9 @@ def _multiply_adds(cfg: Model, declared: Spec) -> int:
     return declared.count * cfg.A // cfg.E if "E" in declared.batch else declared.count
 
 
-def _layer(part: object, layers: int) -> int:
+def _layer(part: Any, layers: int) -> int:
     return spec.count(part) // layers
 
 
-def _experts(part: object) -> list[Spec]:
+def _experts(part: Any) -> list[Spec]:
     return [declared for _, declared in spec.leaves(part) if "E" in declared.batch]
