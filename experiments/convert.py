@@ -44,6 +44,8 @@ class Args:
     """Of the parameters written; by default as they are (FP8 as config.json says)."""
     shard_gb: float = 5
     """Largest file of an exported checkpoint, in 1e9 bytes."""
+    documents: Path | None = None
+    """Data folder made by experiments.data: what experiments.evaluate will measure a published model on."""
 
 
 def main(args: Args) -> None:
@@ -52,20 +54,23 @@ def main(args: Args) -> None:
     if not args.src.is_dir():
         raise ConfigError(f"--src {args.src} is no folder")
     if (args.src / published.FILE).is_file():
-        to_run(args.src, args.dst, args.dtype)
+        to_run(args.src, args.dst, args.dtype, args.documents)
     else:
         to_hugging_face(args.src, args.dst, args.dtype, args.shard_gb)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{args.dst}: done; peak resident memory {peak / 1e9:.2f} GB", flush=True)
 
 
-def to_run(src: Path, dst: Path, dtype: str | None = None) -> None:
+def to_run(src: Path, dst: Path, dtype: str | None = None, documents: Path | None = None) -> None:
     """From Hugging Face's form to a stage's folder with one orbax checkpoint."""
+    from glm_jax.data.heldout import read_held_out
     from glm_jax.hf import Checkpoint
     from glm_jax.hf.write import COMPANIONS, begin
     from glm_jax.train import checkpoint
 
     source = Checkpoint(src, dtype)
+    if documents is not None:
+        read_held_out(documents)  # raises where there are none
     if not source.cfg.router_rows:
         raise ConfigError(
             f"{src} has no MoE layer, and orbax holds no empty balance bias; use glm_jax.hf.load in Python"
@@ -79,6 +84,9 @@ def to_run(src: Path, dst: Path, dtype: str | None = None) -> None:
     for name in (*COMPANIONS, "config.json"):
         if (src / name).is_file():
             shutil.copyfile(src / name, partial / BESIDE / name)
+    if documents is not None:
+        shutil.copytree(documents / "documents", partial / BESIDE / "documents", dirs_exist_ok=True)
+        shutil.copyfile(documents / "heldout.jsonl", partial / BESIDE / "heldout.jsonl")
     checkpoint.save_run(partial, described(source.cfg), STAGE, partial / BESIDE)
     _finish(partial, dst)
 

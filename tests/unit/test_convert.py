@@ -13,6 +13,7 @@ import random_models as make
 from experiments import bench_convert, convert
 from glm_jax import hf, spec
 from glm_jax.config import ConfigError, Mesh, replace
+from glm_jax.data.document import DataError
 from glm_jax.hf import safetensors
 from glm_jax.hf import write as hf_write
 from glm_jax.train import checkpoint, state, streamed
@@ -149,6 +150,18 @@ def test_what_is_refused(published, tmp_path):
     with pytest.raises(ConfigError, match="not there: model-00001"):
         convert.main(convert.Args(broken, tmp_path / "run"))
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_documents_to_measure_it_on_come_along(published, tmp_path):
+    (tmp_path / "data" / "documents").mkdir(parents=True)
+    for name in ("heldout.jsonl", "documents/code.jsonl"):
+        (tmp_path / "data" / name).write_text("")
+    convert.main(convert.Args(published, tmp_path / "run", documents=tmp_path / "data"))
+    data = checkpoint.load_run(tmp_path / "run")[2]
+    assert (data / "heldout.jsonl").is_file() and (data / "documents" / "code.jsonl").is_file()
+    with pytest.raises(DataError, match=r"has no heldout.jsonl"):
+        convert.main(convert.Args(published, tmp_path / "other", documents=tmp_path))
+    assert not (tmp_path / "other.partial").exists()
 
 
 @pytest.mark.slow
