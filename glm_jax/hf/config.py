@@ -52,8 +52,10 @@ def read(folder: Path) -> Published:
         raise ConfigError(f"{folder} has no {FILE}; give the folder of a Hugging Face checkpoint")
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        there = None
+    if not isinstance(there, dict):
+        raise ConfigError(f"{path} is no JSON object; download it again")
     if there.get("model_type") != MODEL_TYPE:
         raise ConfigError(
             f"{path}: model_type is {there.get('model_type')!r}, architectures {there.get('architectures')}; "

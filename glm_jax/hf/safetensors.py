@@ -98,7 +98,10 @@ def header(path: Path) -> Iterator[Entry]:
     start = LENGTH_BYTES + length
     described.pop("__metadata__", None)
     for name, one in described.items():
-        code, shape, (begin, end) = one["dtype"], tuple(one["shape"]), one["data_offsets"]
+        try:
+            code, shape, (begin, end) = one["dtype"], tuple(one["shape"]), one["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"{path} is damaged: {name} is described as {one}; download it again") from None
         if start + end > size:
             raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; download it again")
         if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != end - begin:
@@ -145,6 +148,9 @@ def shown(names: Iterable[str], most: int = 5) -> str:
 
 def _json(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        described = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is damaged: no JSON where its tensors are described; download it again") from None
+        described = None
+    if not isinstance(described, dict):
+        raise ConfigError(f"{path} is damaged: no JSON object where its tensors are described; download it again")
+    return described

@@ -63,7 +63,8 @@ class Writer:
 
     def done(self, path: str, shape: tuple[int, ...]) -> bool:
         """Whether an array is there."""
-        return tuple(_open(self._state, self._name(path)).shape) == shape
+        name = self._name(path)
+        return (self._state / name).is_dir() and tuple(_open(self._state, name).shape) == shape
 
     def write(
         self, path: str, like: Any, chunk: tuple[int, ...], pieces: Iterable[tuple[tuple[slice, ...], np.ndarray]]
@@ -81,7 +82,7 @@ class Writer:
         for part, values in pieces:
             store[part].write(values).result()
             yield values.nbytes
-        shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
 
     def _name(self, path: str) -> str:

@@ -76,6 +76,7 @@ def test_logits_of_padded_and_packed_rows(seed, tmp_path):
     counted = settled(out, router_bias_LE, cfg, rows)
     assert counted.sum() > 20
     theirs, ours = out.logits.numpy()[counted], np.asarray(logits(cfg, params, router_bias_LE, **rows))[counted]
+    print(f"largest difference {np.abs(ours - theirs).max() / theirs.std():.1e} of the deviation")
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * theirs.std())  # float32 sums in another order
 
 
@@ -191,6 +192,9 @@ def test_bfloat16_is_as_close_to_float32_as_theirs(tmp_path):
         off, own = (np.abs(z - exact)[real] / exact[real].std() for z in (ours, theirs))
         assert np.median(off) < 2 * np.median(own), seed
         squares.append((np.mean(off**2), np.mean(own**2)))
+        print(
+            f"{seed}: ours over theirs {np.sqrt(squares[-1][0] / squares[-1][1]):.2f}, median {np.median(off) / np.median(own):.2f}"
+        )
     off, own = np.sqrt(np.mean(squares, axis=0))
     print(f"bfloat16 against float32, root mean square over 20 configurations: ours {off:.4f}, theirs {own:.4f}")
     assert off < 2 * own

@@ -50,7 +50,7 @@ def test_there_and_back(published, tmp_path, capsys, monkeypatch):
     _, wanted, bias_wanted = hf.load(published, dtype="float32")
     assert replace(run.model, dtype="float32") == hf.load(published, dtype="float32")[0]
     assert data == (tmp_path / "run" / "hf").resolve()
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, wanted))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, wanted))
     np.testing.assert_array_equal(router_bias_LE, bias_wanted)
 
 
@@ -70,11 +70,13 @@ def test_an_interrupted_conversion_goes_on(published, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"run.partial is what another conversion has left"):
         convert.to_run(published, tmp_path / "run", "float32")
+    shutil.rmtree(tmp_path / "run.partial/checkpoints/0/state/params.embed_VD")  # killed just before it was renamed
     asked = []
     monkeypatch.setattr(hf.Checkpoint, "read", lambda *args: (asked.append(args[1]), read(*args))[1])
     convert.to_run(published, tmp_path / "run")
     everything = list(hf.Checkpoint(published).weights)
-    assert everything[0] not in asked and everything[-1] in asked  # what was done is not done again
+    assert everything[0] in asked and everything[-1] in asked
+    assert everything[1] not in asked  # what was done is not done again
     for name in ("run", "whole"):
         convert.to_hugging_face(tmp_path / name, tmp_path / f"{name}_back", shard_gb=3e-5)
         assert files(tmp_path / f"{name}_back") == files(published)
@@ -115,7 +117,7 @@ def test_a_checkpoint_of_training_is_exported(tmp_path):
     convert.to_hugging_face(tmp_path / "run", tmp_path / "hf")
     cfg, again, bias = hf.load(tmp_path / "hf", dtype=None)
     assert cfg == replace(CFG, remat=cfg.remat)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, params))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again, params))
     np.testing.assert_array_equal(bias, router_bias_LE)
 
 
