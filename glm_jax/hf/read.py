@@ -28,7 +28,7 @@ from glm_jax.hf.safetensors import DTYPES, Entry, entries, shown
 from glm_jax.spec import Spec
 
 READ_BYTES = 2**24  # of a file that are mapped at once
-FP8 = DTYPES["F8_E4M3"]
+FP8 = "F8_E4M3"
 # tensors beside the weights that say nothing about them: tables that are computed, scales of activations
 IGNORED = (".rotary_emb.inv_freq", ".input_scale", ".k_scale", ".v_scale")
 
@@ -149,7 +149,7 @@ class Checkpoint:
 
     def _scale(self, entry: Entry, expert: int = 0, offset: int = 0) -> Scale | None:
         """Scales of an FP8 tensor: those of its blocks, of its rows, or the one that all share."""
-        if entry.dtype != FP8:
+        if entry.code != FP8:
             return None
         rows, columns = entry.shape[-2:]
         block_wise = self._entries.get(f"{entry.name}_scale_inv")
@@ -164,8 +164,9 @@ class Checkpoint:
         if self._dtype is not None and path != ROUTER_BIAS:
             return self._dtype
         declared = self.weights[path]
-        stored = {self._region(declared, tensor).entry.dtype for tensor in names.tensors(declared)}
-        stored = {jnp.dtype(self.published.dtype) if dtype == FP8 else dtype for dtype in stored}
+        parts = (self._region(declared, tensor).entry for tensor in names.tensors(declared))
+        named = jnp.dtype(self.published.dtype)
+        stored = {named if entry.code == FP8 else entry.dtype for entry in parts}
         return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
     def _mtp_layers(self) -> int:
@@ -219,7 +220,7 @@ class Checkpoint:
     def _scales(self, needed: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(name, shape) of the scales that FP8 tensors need: of blocks if they are there, else of rows or of the whole."""
         for name in needed:
-            if self._entries[name].code != CODE_FP8:
+            if self._entries[name].code != FP8:
                 continue
             *experts, rows, columns = needed[name]
             height, width = self._block
@@ -250,9 +251,6 @@ class Checkpoint:
                         f"{copied.file}: row {begin + int(np.argmin(same))} of {name} differs from that of {original.name}, "
                         "which it should repeat: the MTP layer shares the main model's embedding and head"
                     )
-
-
-CODE_FP8 = "F8_E4M3"
 
 
 def dtype_name(dtype: Any) -> DType:
