@@ -29,6 +29,8 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1.6",  # earlier sandboxes leak, and a checkpoint's chat template is run in it
         "numpy>=2.0",
+        "ml_dtypes>=0.5",
+        "tensorstore>=0.1.80",
         "reasoning-gym>=0.1.25",
     ],
     extras_require={

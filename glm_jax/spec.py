@@ -2,8 +2,8 @@
 
 `weight("E | D -> M")` says: E independent matrices, each from D to M. From it follow the shape (`shape`), the
 initial value (`init`), the layout on a mesh (`glm_jax.mesh`), the matrix that Muon orthogonalises
-(`glm_jax.optim.muon`: left of the arrow in, right of it out, left of the bar a batch) and the parameter count.
-Layer stacks put an L in front of the batch.
+(`glm_jax.optim.muon`: left of the arrow in, right of it out, left of the bar a batch), the parameter count, and with
+`hf=` its tensors in a published checkpoint (`glm_jax.hf.names`). Layer stacks put an L in front of the batch.
 """
 
 import dataclasses
@@ -24,6 +24,14 @@ Kind = Literal["matrix", "shared", "embedding", "head", "router", "bias", "norm"
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """Where weights lie in a published checkpoint: what goes before their names, and the number of their first layer."""
+
+    prefix: str = ""
+    first_layer: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Spec:
     """One weight: its letters by role, their sizes, and what kind of weight it is."""
 
@@ -33,6 +41,8 @@ class Spec:
     kind: Kind
     replicate: str = ""  # letters that no mesh axis may split
     shape: tuple[int, ...] = ()
+    hf: str = ""  # its tensors' names in a published checkpoint; {L} and {E} stand for the number of a layer, an expert
+    first_layer: int = 0  # number of the first layer of its stack there
 
     @property
     def dims(self) -> str:
@@ -42,58 +52,83 @@ class Spec:
     def count(self) -> int:
         return math.prod(self.shape)
 
-    def resolve(self, cfg: Model, stack: int | None) -> "Spec":
+    def resolve(self, cfg: Model, stack: int | None, place: "Place" = Place()) -> "Spec":
         """This declaration with sizes; `stack` layers put an L in front."""
         copies = {"M": cfg.shared_experts} if self.kind == "shared" else {}
         shape = tuple(cfg.size(letter) * copies.get(letter, 1) for letter in self.dims)
+        named = dataclasses.replace(self, hf=place.prefix + self.hf, first_layer=place.first_layer)
         if stack is None:
-            return dataclasses.replace(self, shape=shape)
-        return dataclasses.replace(self, batch="L" + self.batch, shape=(stack, *shape))
+            return dataclasses.replace(named, shape=shape)
+        return dataclasses.replace(named, batch="L" + self.batch, shape=(stack, *shape))
 
 
-def _parse(text: str, kind: Kind, replicate: str) -> Spec:
+def _parse(text: str, kind: Kind, replicate: str, hf: str) -> Spec:
     batch, _, matrix = text.rpartition("|")
     ins, _, outs = matrix.rpartition("->")
     batch, ins, outs = ("".join(part.split()) for part in (batch, ins, outs))
     dims.check(batch + ins + outs)
-    return Spec(batch, ins, outs, kind, replicate)
+    return Spec(batch, ins, outs, kind, replicate, hf=hf)
 
 
-def weight(text: str, *, kind: Kind = "matrix", replicate: str = "") -> Any:
+def weight(text: str, *, kind: Kind = "matrix", replicate: str = "", hf: str = "") -> Any:
     """Declare a matrix, "batch | in -> out", initialised normally with the model's `init_std`."""
-    return dataclasses.field(metadata={"spec": _parse(text, kind, replicate)})
+    return dataclasses.field(metadata={"spec": _parse(text, kind, replicate, f"{hf}.weight")})
 
 
-def bias(text: str) -> Any:
+def bias(text: str, *, hf: str = "") -> Any:
     """Declare an additive bias, initialised to zero."""
-    return dataclasses.field(metadata={"spec": _parse(text, "bias", text.replace(" ", ""))})
+    return dataclasses.field(metadata={"spec": _parse(text, "bias", text.replace(" ", ""), f"{hf}.bias")})
 
 
-def norm(text: str) -> Any:
+def norm(text: str, *, hf: str = "") -> Any:
     """Declare the scale of an RMSNorm, initialised to one."""
-    return dataclasses.field(metadata={"spec": _parse(text, "norm", text.replace(" ", ""))})
+    return dataclasses.field(metadata={"spec": _parse(text, "norm", text.replace(" ", ""), f"{hf}.weight")})
 
 
-def state(text: str) -> Spec:
+def state(text: str, *, hf: str = "") -> Spec:
     """Declare a buffer outside the gradient and the optimizer (the balance bias): float32 zeros at first."""
-    return _parse(text, "state", text.replace(" ", ""))
+    return _parse(text, "state", text.replace(" ", ""), hf)
 
 
-def part(cls: type, *, stack: Callable[[Model], int] | None = None, when: Callable[[Model], bool] | None = None) -> Any:
-    """Declare a nested class of weights: stacked `stack(cfg)` deep, and None unless `when(cfg)`."""
-    return dataclasses.field(metadata={"part": (cls, stack, when)})
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A nested class of weights: how deep it is stacked, whether the model has it, and its layers' place in a published
+    checkpoint."""
+
+    cls: type
+    stack: Callable[[Model], int] | None
+    when: Callable[[Model], bool]
+    hf: str
+    first_layer: Callable[[Model], int] | None
 
 
-def declare(cls: type, cfg: Model, stack: int | None = None) -> Any:
+def part(
+    cls: type,
+    *,
+    stack: Callable[[Model], int] | None = None,
+    when: Callable[[Model], bool] = lambda cfg: True,
+    hf: str = "",
+    first_layer: Callable[[Model], int] | None = None,
+) -> Any:
+    """Declare a nested class of weights: stacked `stack(cfg)` deep, and None unless `when(cfg)`.
+
+    `hf` goes before the names inside it; the {L} in it counts from `first_layer(cfg)`.
+    """
+    return dataclasses.field(metadata={"part": Part(cls, stack, when, hf, first_layer)})
+
+
+def declare(cls: type, cfg: Model, stack: int | None = None, place: Place = Place()) -> Any:
     """`cls` with a `Spec` in the place of every array: the model's shape table as a tree."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         if "spec" in f.metadata:
-            values[f.name] = f.metadata["spec"].resolve(cfg, stack)
+            values[f.name] = f.metadata["spec"].resolve(cfg, stack, place)
             continue
-        child, depth, when = f.metadata["part"]
-        present = (when is None or when(cfg)) and (depth is None or depth(cfg) > 0)
-        values[f.name] = declare(child, cfg, depth(cfg) if depth else stack) if present else None
+        child: Part = f.metadata["part"]
+        depth = child.stack(cfg) if child.stack else stack
+        first = child.first_layer(cfg) if child.first_layer else place.first_layer
+        inside = Place(place.prefix + child.hf, first)
+        values[f.name] = declare(child.cls, cfg, depth, inside) if child.when(cfg) and depth != 0 else None
     return cls(**values)
 
 

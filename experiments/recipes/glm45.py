@@ -38,6 +38,22 @@ def air() -> Run:
     )
 
 
+def glm45_4k() -> Run:
+    """Pre-training of `glm45` alone: rows of 4,096 at the base of RoPE that they are trained with."""
+    return _short(glm45())
+
+
+def air_4k() -> Run:
+    """The same of `air`."""
+    return _short(air())
+
+
+def _short(run: Run) -> Run:
+    first = run.pretrain[0]
+    changes = {"midtrain": (), "model.rope_theta": first.rope_theta, "model.max_positions": first.seq_len}
+    return replace(run, **changes, name=f"{run.name}_4k")
+
+
 def _stage(
     name: str, tokens: int, seq_len: int, theta: float, mixture: dict[str, float], midtrain: bool = False
 ) -> Stage:

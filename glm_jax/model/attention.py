@@ -14,23 +14,23 @@ from pallas_kernels.attention import attention as attention_kernel
 
 @struct.dataclass
 class QKNorm:
-    q_H: Array = norm("H")
-    k_H: Array = norm("H")
+    q_H: Array = norm("H", hf="self_attn.q_norm")
+    k_H: Array = norm("H", hf="self_attn.k_norm")
 
 
 @struct.dataclass
 class QKVBias:
-    q_NH: Array = bias("N H")
-    k_KH: Array = bias("K H")
-    v_KH: Array = bias("K H")
+    q_NH: Array = bias("N H", hf="self_attn.q_proj")
+    k_KH: Array = bias("K H", hf="self_attn.k_proj")
+    v_KH: Array = bias("K H", hf="self_attn.v_proj")
 
 
 @struct.dataclass
 class Attention:
-    q_DNH: Array = weight("D -> N H")
-    k_DKH: Array = weight("D -> K H")
-    v_DKH: Array = weight("D -> K H")
-    o_NHD: Array = weight("N H -> D")
+    q_DNH: Array = weight("D -> N H", hf="self_attn.q_proj")
+    k_DKH: Array = weight("D -> K H", hf="self_attn.k_proj")
+    v_DKH: Array = weight("D -> K H", hf="self_attn.v_proj")
+    o_NHD: Array = weight("N H -> D", hf="self_attn.o_proj")
     qkv_bias: QKVBias | None = part(QKVBias, when=lambda cfg: cfg.qkv_bias)
     qk_norm: QKNorm | None = part(QKNorm, when=lambda cfg: cfg.qk_norm)  # Air has none
 

@@ -14,17 +14,17 @@ from glm_jax.spec import declare, norm, part
 
 @struct.dataclass
 class DenseBlock:
-    attention_norm_D: Array = norm("D")
+    attention_norm_D: Array = norm("D", hf="input_layernorm")
     attention: Attention = part(Attention)
-    ffn_norm_D: Array = norm("D")
+    ffn_norm_D: Array = norm("D", hf="post_attention_layernorm")
     ffn: Dense = part(Dense)
 
 
 @struct.dataclass
 class MoEBlock:
-    attention_norm_D: Array = norm("D")
+    attention_norm_D: Array = norm("D", hf="input_layernorm")
     attention: Attention = part(Attention)
-    ffn_norm_D: Array = norm("D")
+    ffn_norm_D: Array = norm("D", hf="post_attention_layernorm")
     ffn: MoE = part(MoE)
 
 

@@ -22,17 +22,21 @@ from glm_jax.model.mtp import MTP, mtp
 from glm_jax.model.ops import embed, rms_norm
 from glm_jax.spec import norm, part, weight
 
+LAYER = "model.layers.{L}."  # published checkpoints number all layers in one row, the MTP layer last
+
 
 @struct.dataclass
 class GLM:
     """All parameters. Layers of a kind are stacked, or a tuple of single layers after `unstack`."""
 
-    embed_VD: Array = weight("V -> D", kind="embedding")
-    dense: DenseBlock | tuple | None = part(DenseBlock, stack=lambda cfg: cfg.dense_layers)
-    moe: MoEBlock | tuple | None = part(MoEBlock, stack=lambda cfg: cfg.moe_layers)
-    norm_D: Array = norm("D")
-    head_DV: Array = weight("D -> V", kind="head")
-    mtp: MTP | None = part(MTP, when=lambda cfg: cfg.mtp_layers > 0)
+    embed_VD: Array = weight("V -> D", kind="embedding", hf="model.embed_tokens")
+    dense: DenseBlock | tuple | None = part(DenseBlock, stack=lambda cfg: cfg.dense_layers, hf=LAYER)
+    moe: MoEBlock | tuple | None = part(
+        MoEBlock, stack=lambda cfg: cfg.moe_layers, hf=LAYER, first_layer=lambda cfg: cfg.dense_layers
+    )
+    norm_D: Array = norm("D", hf="model.norm")
+    head_DV: Array = weight("D -> V", kind="head", hf="lm_head")
+    mtp: MTP | None = part(MTP, when=lambda cfg: cfg.mtp_layers > 0, hf=LAYER, first_layer=lambda cfg: cfg.L)
 
 
 @struct.dataclass
@@ -60,7 +64,12 @@ def init(cfg: Model, key: Array, dtype: Any = jnp.float32) -> tuple[GLM, Array]:
 
 def router_bias(cfg: Model) -> Array:
     """Zeros, float32: a row per MoE layer, the MTP layer's last."""
-    return jnp.zeros(ROUTER_BIAS.resolve(cfg, cfg.router_rows).shape, jnp.float32)
+    return jnp.zeros(router_bias_spec(cfg).shape, jnp.float32)
+
+
+def router_bias_spec(cfg: Model) -> spec.Spec:
+    """The declaration of router_bias_LE."""
+    return ROUTER_BIAS.resolve(cfg, cfg.router_rows, spec.Place(LAYER, cfg.dense_layers))
 
 
 def forward(  # noqa: PLR0913 (where tokens stand is four arrays, all optional)

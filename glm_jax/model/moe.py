@@ -10,29 +10,30 @@ from glm_jax.model.ops import swiglu
 from glm_jax.parallel.expert import routed_experts
 from glm_jax.spec import part, state, weight
 
-ROUTER_BIAS = state("E")  # added to scores to choose experts, never to weigh them; moved by counts, never by a gradient
+# added to scores to choose experts, never to weigh them; moved by counts, never by a gradient
+ROUTER_BIAS = state("E", hf="mlp.gate.e_score_correction_bias")
 
 
 @struct.dataclass
 class Dense:
-    gate_DF: Array = weight("D -> F")
-    up_DF: Array = weight("D -> F")
-    down_FD: Array = weight("F -> D")
+    gate_DF: Array = weight("D -> F", hf="mlp.gate_proj")
+    up_DF: Array = weight("D -> F", hf="mlp.up_proj")
+    down_FD: Array = weight("F -> D", hf="mlp.down_proj")
 
 
 @struct.dataclass
 class Shared:
-    gate_DM: Array = weight("D -> M", kind="shared")
-    up_DM: Array = weight("D -> M", kind="shared")
-    down_MD: Array = weight("M -> D", kind="shared")
+    gate_DM: Array = weight("D -> M", kind="shared", hf="mlp.shared_experts.gate_proj")
+    up_DM: Array = weight("D -> M", kind="shared", hf="mlp.shared_experts.up_proj")
+    down_MD: Array = weight("M -> D", kind="shared", hf="mlp.shared_experts.down_proj")
 
 
 @struct.dataclass
 class MoE:
-    router_DE: Array = weight("D -> E", kind="router", replicate="E")
-    gate_EDM: Array = weight("E | D -> M")
-    up_EDM: Array = weight("E | D -> M")
-    down_EMD: Array = weight("E | M -> D")
+    router_DE: Array = weight("D -> E", kind="router", replicate="E", hf="mlp.gate")
+    gate_EDM: Array = weight("E | D -> M", hf="mlp.experts.{E}.gate_proj")
+    up_EDM: Array = weight("E | D -> M", hf="mlp.experts.{E}.up_proj")
+    down_EMD: Array = weight("E | M -> D", hf="mlp.experts.{E}.down_proj")
     shared: Shared | None = part(Shared, when=lambda cfg: cfg.shared_experts > 0)
 
 

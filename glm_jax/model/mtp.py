@@ -15,11 +15,11 @@ from glm_jax.spec import declare, norm, part, weight
 
 @struct.dataclass
 class MTP:
-    embed_norm_D: Array = norm("D")
-    hidden_norm_D: Array = norm("D")
-    project_UD: Array = weight("U -> D")
+    embed_norm_D: Array = norm("D", hf="enorm")
+    hidden_norm_D: Array = norm("D", hf="hnorm")
+    project_UD: Array = weight("U -> D", hf="eh_proj")
     block: MoEBlock = part(MoEBlock)
-    norm_D: Array = norm("D")
+    norm_D: Array = norm("D", hf="shared_head.norm")
 
 
 def mtp(cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, at: Places) -> tuple[Array, Routing]:
