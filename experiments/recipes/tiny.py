@@ -58,28 +58,36 @@ def posttrain() -> Posttrain:
     The teacher of the cold starts slips in some of its dialogues: that is what imitation cannot get rid of, and RL can.
     """
     sft = SFT(
-        dialogues=1600, held_out=192, slips=0.3, epochs=4, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
+        dialogues=3200, held_out=192, slips=0.3, epochs=2, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
         final_lr=4e-4, optim=Optim(ns_dtype="float32"),
     )  # fmt: skip
     grpo = GRPO(
-        steps=40, levels=(1, 2), groups=12, oversample=8 / 3, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
+        steps=30, levels=(1, 2), groups=8, oversample=4, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
         microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.1, hard_attempts=32, hard_pool=32,
         optim=Optim(name="adamw", adam_b2=0.98, weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144, peak_lr=3e-4)
+    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=1, batch_rows=1)
     agent = replace(
-        grpo, steps=24, groups=6, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2, hard_pool=16
+        grpo,
+        steps=16,
+        groups=4,
+        peak_lr=3e-4,
+        seq_len=1024,
+        max_tokens=640,
+        max_new_tokens=96,
+        microbatch_rows=2,
+        hard_pool=16,
     )
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
-            Expert("agent", sft=replace(long_sft, dialogues=320, held_out=64, slips=0.25, epochs=8), sft_levels=(1, 2), grpo=agent),
-            Expert("chat", sft=replace(sft, dialogues=900, epochs=5), sft_levels=(1, 2), grpo=chat),
+            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, slips=0.25, epochs=2.5), sft_levels=(1, 2), grpo=agent),
+            Expert("chat", sft=replace(sft, dialogues=2250), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
-            prompts=1536, mixture={"agent": 0.5}, answers=1, sft=replace(long_sft, slips=0.0, epochs=5),
-            grpo=replace(agent, steps=12, thinking_share=0.5, hard_share=0.0),
+            prompts=2048, mixture={"agent": 0.5}, answers=1, sft=replace(long_sft, slips=0.0, epochs=3),
+            grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
     )  # fmt: skip

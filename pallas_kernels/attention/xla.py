@@ -15,7 +15,7 @@ from jax import Array, lax
 from pallas_kernels.attention import reference
 
 F32 = jnp.float32
-BLOCK = 256  # at most so many queries, and keys, in a block
+BLOCK = 64  # at most so many queries, and keys, in a block: its scores stay in the cache
 FEW_QUERIES = 8  # up to here the keys' way from memory is the whole cost
 NEVER = jnp.iinfo(jnp.int32).max
 
