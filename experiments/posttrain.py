@@ -48,7 +48,7 @@ def parts(run: Run, folder: Path) -> Iterator[Part]:
     base = folder / run.stages[-1].name
     for one in run.post.experts:
         home = folder / one.domain
-        yield f"{one.domain}/sft/result.json", partial(cold_start, run, one, base, home / "sft")
+        yield f"{one.domain}/sft/result.json", partial(_afresh, partial(cold_start, run, one, base, home / "sft"))
         yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, one.grpo.levels, home, "")
         yield f"{one.domain}/control/result.json", partial(control, run, one, home)
         names = ["sft", "rl", "control"]
@@ -61,12 +61,20 @@ def parts(run: Run, folder: Path) -> Iterator[Part]:
                 yield score(folder, f"{one.domain}/{name}", one.domain, level, True)
     if not run.post.experts:
         return
-    yield "unified/sft/result.json", partial(unify.fine_tune, run, folder)
+    yield "unified/sft/result.json", partial(_afresh, partial(unify.fine_tune, run, folder))
     yield "unified/rl/result.json", partial(unify.reinforce, run, folder)
     for name in ("sft", "rl"):
         for one in run.post.experts:
             for thinking in (True, False):
                 yield score(folder, f"unified/{name}", one.domain, run.post.evaluation.level, thinking)
+
+
+def _afresh(work: Callable[[], Any]) -> Any:
+    """Do `work` without the programs that were compiled before it: they hold memory, and few of them will be called again."""
+    import jax
+
+    jax.clear_caches()
+    return work()
 
 
 def cold_start(run: Run, one: Expert, base: Path, out: Path) -> dict[str, Any]:
