@@ -86,7 +86,7 @@ def posttrain() -> Posttrain:
             Expert("chat", sft=replace(sft, dialogues=2250), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
-            prompts=2048, mixture={"agent": 0.5}, answers=1, sft=replace(long_sft, slips=0.0, epochs=3),
+            prompts=2048, mixture={"chat": 1.5}, answers=1, sft=replace(long_sft, slips=0.0, epochs=4),
             grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
