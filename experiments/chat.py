@@ -2,9 +2,11 @@
 
     python -m experiments.chat --checkpoint runs/quickstart
     python -m experiments.chat --checkpoint runs/quickstart --no_thinking --prompt "Spell this word backward: lamp"
+    python -m experiments.chat --checkpoint runs/air      (converted from a published one by experiments.convert)
     python -m experiments.chat --checkpoint runs/quickstart/midtrain --prompt "def fibonacci(n):"
 
-DIR is a run's folder (its final model answers) or a stage's. A post-trained model is asked in GLM's dialogue template,
+DIR is a run's folder (its final model answers) or a stage's. A post-trained model, or a published one that came with its
+chat template, is asked in GLM's dialogue template,
 remembers what was said (less the thoughts of earlier turns, as the template demands) and stops where its turn ends; an
 empty line begins a new dialogue. Its thought is dimmed on a terminal and stands between <think> and </think> elsewhere.
 A pre-trained model knows no dialogue: it writes on from the prompt as from the start of a document, until it ends the
@@ -18,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import cli
+from experiments import cli, convert
 from glm_jax.config import ConfigError
+from glm_jax.text.template import TEMPLATE_FILE
 
 if TYPE_CHECKING:
     from glm_jax.rl.rollout import Policy
@@ -68,8 +71,9 @@ def main(args: Args) -> None:
     for name, text in (("--prompt", args.prompt), ("--system", args.system)):
         _check(name, text or "")
     folder = checkpoint.final_folder(args.checkpoint)
-    run, stage, _ = checkpoint.load_run(folder)
+    run, stage, data = checkpoint.load_run(folder)
     knows_dialogue = bool(run.post.experts) and stage in POST_TRAINING
+    knows_dialogue |= stage == convert.STAGE and (data / TEMPLATE_FILE).is_file()
     plain = args.plain or not knows_dialogue
     if plain and (args.system is not None or not args.thinking):
         why = "--plain continues text" if knows_dialogue else f"{folder} is of {stage}, which knows no dialogue"

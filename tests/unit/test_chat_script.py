@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chat, cli, recipes, sft
+from experiments import chat, cli, convert, recipes, sft
 from glm_jax import config, model
 from glm_jax.config import SFT, ConfigError, Expert, Posttrain
 from glm_jax.data.dialogues import Dialogue, prepare
@@ -101,6 +101,14 @@ def read(monkeypatch) -> list[list[int]]:
 
 def test_a_post_trained_run_thinks_and_answers(runs, capsys):
     talk(runs, "--prompt", "Where is it?")
+    assert capsys.readouterr() == ("<think>hm</think>\ncup\n", "")
+
+
+def test_it_answers_as_before_after_a_journey_through_hugging_faces_form(runs, tmp_path, capsys):
+    convert.main(convert.Args(runs, tmp_path / "published"))
+    convert.main(convert.Args(tmp_path / "published", tmp_path / "back"))
+    capsys.readouterr()
+    talk(tmp_path / "back", "--prompt", "Where is it?")
     assert capsys.readouterr() == ("<think>hm</think>\ncup\n", "")
 
 
