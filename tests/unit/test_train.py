@@ -155,3 +155,9 @@ def test_a_log_opened_again_drops_what_came_after_the_checkpoint(tmp_path):
     log.step({"step": 4, **record}, 32)
     log.close()
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_fresh_state_has_the_bits_of_a_thorough_compilation():
+    thorough = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    plain = jax.jit(state._make, static_argnums=(0, 1), compiler_options=thorough)(CFG, TX, jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, state.create(CFG, TX, 3), plain)
