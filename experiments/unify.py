@@ -47,7 +47,7 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
     levels, unify = run.post.unify.grpo.levels, run.post.unify
-    prompts = {one.domain: round(unify.prompts * unify.mixture.get(one.domain, 1.0)) for one in run.post.experts}
+    prompts = {one.domain: max(1, round(unify.prompts * one.unify_share)) for one in run.post.experts}
     last = {one.domain: last_rl(folder / one.domain) for one in run.post.experts}
     accepted = {
         one.domain: answers(run, one, last[one.domain], levels, prompts[one.domain]) for one in run.post.experts

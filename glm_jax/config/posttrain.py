@@ -4,7 +4,7 @@ The report names the methods and keeps most numbers to itself (spec section 8 an
 DeepDive's, from the same laboratory, for a large model; a miniature's recipe changes them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from glm_jax.config.functions import require
@@ -109,6 +109,10 @@ class Expert:
     sft: SFT = SFT()
     sft_levels: tuple[int, ...] = (1,)
     grpo: GRPO = GRPO()
+    unify_share: float = 1.0  # its prompts in unification, as a multiple of unify.prompts
+
+    def __post_init__(self):
+        require(self.unify_share > 0, f"unify_share={self.unify_share} of expert {self.domain} must be positive")
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,6 @@ class Unify:
     """The experts distilled into one hybrid model: rejection sampling, SFT from the mid-trained base, general RL."""
 
     prompts: int = 1024  # of each expert
-    mixture: dict[str, float] = field(default_factory=dict)  # domain -> its prompts as a multiple of that; 1 for others
     answers: int = 4  # sampled for each prompt
     keep: int = 1  # accepted answers kept of each prompt
     min_answer_tokens: int = 2
@@ -127,10 +130,6 @@ class Unify:
     def __post_init__(self):
         for name in ("prompts", "answers", "keep"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(
-            all(times > 0 for times in self.mixture.values()),
-            f"mixture={self.mixture} needs positive multiples of prompts",
-        )
         require(0 <= self.direct_share <= 1, f"direct_share={self.direct_share} must lie in 0..1")
         require(self.sft.slips == 0, f"slips={self.sft.slips} in unify.sft: its teachers are the experts; set it to 0")
 
@@ -163,7 +162,3 @@ class Posttrain:
     def __post_init__(self):
         domains = [expert.domain for expert in self.experts]
         require(len(set(domains)) == len(domains), f"experts of {domains}: one for each domain")
-        for domain in self.unify.mixture if domains else ():
-            require(
-                domain in domains, f"unify.mixture names {domain!r}, but the experts are {domains}; name one of them"
-            )

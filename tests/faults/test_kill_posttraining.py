@@ -29,7 +29,7 @@ run = recipes.get("smoke")
 changes = {"schedule.warmup_tokens": 8192, "schedule.mtp_switch_tokens": 40_960, "schedule.bias_freeze_tokens": 90_112}
 changes |= {"pretrain.0.tokens": 40_960, "pretrain.1.tokens": 40_960, "midtrain.0.tokens": 40_960}
 changes |= {"schedule.batch_ramp_tokens": 8192, "loop.eval_bytes": 4000, "post.evaluation.tasks": 8}
-changes |= {"post.unify.mixture": {}, "post.experts": run.post.experts[:1]}
+changes |= {"post.experts": run.post.experts[:1]}
 quickstart.main(quickstart.Args(out=Path(sys.argv[1])), replace(run, **changes))
 """
 MOMENTS = ("reasoning/sft", "reasoning/rl", "reasoning/control", "scores", "unified/sft", "unified/rl")

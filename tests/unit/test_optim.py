@@ -195,7 +195,7 @@ def test_the_plan_of_a_stage_is_the_schedule_walked_step_by_step(name):
                     "schedule.batch_ramp_tokens": 1_700_000, "schedule.batch_tokens": 4096 * 5}
         )  # fmt: skip
     if name == "constant":
-        run = replace(run, **{"schedule.batch_tokens_start": 8192, "schedule.batch_ramp_tokens": 0})
+        run = replace(run, **{"schedule.batch_tokens_start": 4096, "schedule.batch_ramp_tokens": 0})
     index = 0
     for stage in run.stages:
         plan, unit = optim.steps(run, stage), stage.microbatch_tokens

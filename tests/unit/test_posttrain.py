@@ -52,8 +52,6 @@ def test_slips_are_asked_only_of_environments_that_have_them(monkeypatch, tmp_pa
         replace(run, **{"post.unify.sft.slips": 0.1})
 
 
-def test_a_domain_may_have_more_prompts_than_another():
-    run = recipes.get("tiny")
-    for mixture, told in (({"maths": 2.0}, "name one of them"), ({"agent": 0.0}, "positive multiples")):
-        with pytest.raises(ConfigError, match=told):
-            replace(run, **{"post.unify.mixture": mixture})
+def test_an_expert_without_prompts_is_refused():
+    with pytest.raises(ConfigError, match=r"unify_share=0.0 of expert chat must be positive"):
+        replace(recipes.get("tiny"), **{"post.experts.2.unify_share": 0.0})

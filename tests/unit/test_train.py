@@ -157,6 +157,7 @@ def test_a_log_opened_again_drops_what_came_after_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_fresh_state_has_the_bits_of_a_thorough_compilation():
     thorough = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     plain = jax.jit(state._make, static_argnums=(0, 1), compiler_options=thorough)(CFG, TX, jax.random.key(3))
