@@ -6,9 +6,9 @@
     python -m experiments.chat --checkpoint runs/quickstart/midtrain --prompt "def fibonacci(n):"
 
 DIR is a run's folder (its final model answers) or a stage's. A post-trained model, or a published one that came with its
-chat template, is asked in GLM's dialogue template,
-remembers what was said (less the thoughts of earlier turns, as the template demands) and stops where its turn ends; an
-empty line begins a new dialogue. Its thought is dimmed on a terminal and stands between <think> and </think> elsewhere.
+chat template, is asked in GLM's dialogue template, remembers what was said (less the thoughts of earlier turns, as the
+template demands) and stops where its turn ends; an empty line begins a new dialogue. Its thought is dimmed on a terminal
+and stands between <think> and </think> elsewhere.
 A pre-trained model knows no dialogue: it writes on from the prompt as from the start of a document, until it ends the
 document or has written `--max_new_tokens`; so does any model with `--plain`.
 """

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import resource
 import shutil
 import sys
 import textwrap
@@ -97,6 +98,17 @@ def configure_jax(cache: Path | None = None) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache or home / "glm_jax" / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def peak_rss_gb() -> float:
+    """The most memory that this process or one of its children has had, GB of 10^9 bytes.
+
+    Not their sum: the one child, git, is forked and counts its parent's pages as its own.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
+    )
 
 
 def _combine(options: type, base: Run | None) -> type:

@@ -10,7 +10,6 @@ published model is a stage's folder for `--checkpoint` of chat and evaluate, and
 """
 
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,8 +56,7 @@ def main(args: Args) -> None:
         to_run(args.src, args.dst, args.dtype, args.documents)
     else:
         to_hugging_face(args.src, args.dst, args.dtype, args.shard_gb)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{args.dst}: done; peak resident memory {peak / 1e9:.2f} GB", flush=True)
+    print(f"{args.dst}: done; peak resident memory {cli.peak_rss_gb():.2f} GB", flush=True)
 
 
 def to_run(src: Path, dst: Path, dtype: str | None = None, documents: Path | None = None) -> None:

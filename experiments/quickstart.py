@@ -9,7 +9,6 @@ it was interrupted: finished parts are skipped. OUT/report.html needs no network
 figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -75,19 +74,8 @@ class _Clock:
         from glm_jax.train import checkpoint
 
         seconds = self._before["seconds"] + time.monotonic() - self._begun
-        peak = max(self._before["peak_rss_gb"], _peak_rss_gb())
+        peak = max(self._before["peak_rss_gb"], cli.peak_rss_gb())
         checkpoint.write_json(self._path, {**self._facts, "seconds": round(seconds, 1), "peak_rss_gb": round(peak, 3)})
-
-
-def _peak_rss_gb() -> float:
-    """The most memory that this process or one of its children has had, GB of 10^9 bytes.
-
-    Not their sum: the one child, git, is forked and counts its parent's pages as its own.
-    """
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
-    )
 
 
 def _check(out: Path, run: Run) -> None:

@@ -69,16 +69,9 @@ def posttrain() -> Posttrain:
     chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=1, batch_rows=1)
     agent = replace(
-        grpo,
-        steps=16,
-        groups=4,
-        peak_lr=3e-4,
-        seq_len=1024,
-        max_tokens=640,
-        max_new_tokens=96,
-        microbatch_rows=2,
+        grpo, steps=16, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
         hard_pool=16,
-    )
+    )  # fmt: skip
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),

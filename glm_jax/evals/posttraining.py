@@ -119,7 +119,7 @@ def _row(score: Score) -> dict[str, Any]:
 def _expert(story: Story, one: Expert, level: int) -> dict[str, Any] | None:
     """What RL bought an expert, and what as much more SFT did; differences are paired by task.
 
-    `slips` is the share of the cold start's dialogues that were wrong on purpose: about what imitation can reach at most.
+    `slips` is the share of the cold start's dialogues that were wrong on purpose: imitation reaches about 1 - slips at most.
     """
     sft, rl, more = (story.score(f"{one.domain}-{name}", one.domain, level) for name in (SFT, RL, CONTROL))
     if sft is None or rl is None:

@@ -22,6 +22,7 @@ from glm_jax.evals import bars, figures, posttraining, rl_figures
 from glm_jax.evals.bars import LOAD_STEPS
 from glm_jax.evals.posttraining import Story
 from glm_jax.evals.told import Told, read, read_optional
+from glm_jax.model import counts
 from glm_jax.train import checkpoint
 
 JSON_FILE, HTML_FILE = "report.json", "report.html"
@@ -82,8 +83,7 @@ def _bars(found: dict[str, Any], run: Run) -> dict[str, list[dict[str, Any]]]:
 def parameters(cfg: config.Model) -> tuple[int, int]:
     """All parameters, and those that one token uses: A of E experts."""
     weights = [declared for _, declared in spec.leaves(model.specs(cfg))]
-    active = sum(w.count * cfg.A // cfg.E if "E" in w.batch else w.count for w in weights)
-    return sum(w.count for w in weights), active
+    return sum(w.count for w in weights), sum(counts.used(cfg, w) for w in weights)
 
 
 def expert_load(steps: Sequence[dict[str, Any]]) -> list[float]:

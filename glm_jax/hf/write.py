@@ -26,6 +26,7 @@ from glm_jax.hf.names import ROUTER_BIAS
 from glm_jax.hf.read import copy, dtype_name
 from glm_jax.hf.safetensors import INDEX, SINGLE, write
 from glm_jax.spec import Spec
+from glm_jax.text.chat import stop_ids
 from glm_jax.text.tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**24  # of an array that are fetched at once
@@ -34,7 +35,6 @@ COMPANIONS = (  # files of a published folder that go with its weights unchanged
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # what ends a turn of a published GLM-4.5
 
 
 class Source(Protocol):
@@ -280,7 +280,7 @@ def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
         return {name: there.get(name) for name in TOKEN_IDS}
     if (companions / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(companions / "tokenizer.json", cfg.V)
-        ids |= {"eos_token_id": [tokenizer.id(name) for name in STOPS], "pad_token_id": tokenizer.end}
+        ids |= {"eos_token_id": [*stop_ids(tokenizer)], "pad_token_id": tokenizer.end}
     return ids
 
 

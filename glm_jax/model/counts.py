@@ -100,6 +100,11 @@ def _multiply_adds(cfg: Model, declared: Spec) -> int:
     """Of one token with one weight: each matrix once, of experts the active ones."""
     if not declared.ins:
         return 0
+    return used(cfg, declared)
+
+
+def used(cfg: Model, declared: Spec) -> int:
+    """Entries of a weight that one token uses: of a stack of experts A of E."""
     return declared.count * cfg.A // cfg.E if "E" in declared.batch else declared.count
 
 

@@ -15,31 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from chat_material import KINDS, TOKENIZER, TOOLS
 
 from glm_jax.text.chat import render, render_tokens
 from glm_jax.text.parse import parse_tokens
 from glm_jax.text.template import OUR_TEMPLATE, show, wording
-from glm_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer, train
+from glm_jax.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "chat_template.json"
 PUBLISHED = os.environ.get("GLM_CHAT_TEMPLATE")
 SEEDS = range(600)
-TOKENIZER = train(["<think> I look at the weather in Zürich.\n</think> <tool_call>find\n\n" * 3, "12 + 34 = 46\n"], 512)
 USER, ASSISTANT, OBSERVATION, SYSTEM, CLOSE_THINK = (
     TOKENIZER.id(name) for name in ("<|user|>", "<|assistant|>", "<|observation|>", "<|system|>", "</think>")
 )
-KINDS = ("string", "integer", "number", "boolean", "array", "object")
-TOOLS = [
-    {"name": "now", "description": "the time", "parameters": {"type": "object", "properties": {}}},
-    {
-        "type": "function",
-        "function": {
-            "name": "find",
-            "description": "Wörter <tool_call> & 'more' \U0001f642",
-            "parameters": {"type": "object", "properties": {kind: {"type": kind} for kind in KINDS}},
-        },
-    },
-]
 WORDS = [
     "a", "the weather", "12", "Zürich", "今日は", "\n", "\n\n", "  ", "", "\U0001f642", "e\u0301", "\u2028", "</b>", "<", '"&\'\\n',
     *SPECIAL_TOKENS,

@@ -8,27 +8,15 @@ import os
 import random
 
 import pytest
+from chat_material import KINDS, TOKENIZER, TOOLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.text.chat import render, render_tokens
 from glm_jax.text.parse import StreamParser, parse, parse_tokens
-from glm_jax.text.tokenizer import SPECIAL_TOKENS, train
+from glm_jax.text.tokenizer import SPECIAL_TOKENS
 
-TOKENIZER = train(["<think> I look at the weather in Zürich.\n</think> <tool_call>find\n\n" * 3, "12 + 34 = 46\n"], 512)
 USER = TOKENIZER.id("<|user|>")
-KINDS = ("string", "integer", "number", "boolean", "array", "object")
-TOOLS = [
-    {"name": "now", "description": "the time", "parameters": {"type": "object", "properties": {}}},
-    {
-        "type": "function",
-        "function": {
-            "name": "find",
-            "description": "Wörter <tool_call>",
-            "parameters": {"type": "object", "properties": {kind: {"type": kind} for kind in KINDS}},
-        },
-    },
-]
 WORDS = ["a", "the weather", "12", "Zürich", "\n", "\n\n", "  ", "", "🙂", "</b>", "<", *SPECIAL_TOKENS]
 
 # One assistant's turn, written and read again.
