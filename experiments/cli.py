@@ -103,12 +103,17 @@ def configure_jax(cache: Path | None = None) -> None:
 def peak_rss_gb() -> float:
     """The most memory that this process or one of its children has had, GB of 10^9 bytes.
 
-    Not their sum: the one child, git, is forked and counts its parent's pages as its own.
+    Not their sum: the one child, git, is forked and counts its parent's pages as its own. This process is read from /proc
+    where there is one: `getrusage` remembers the parent's pages too, across the exec that began this process.
     """
+    status = Path("/proc/self/status")
     unit = 1 if sys.platform == "darwin" else 1024
-    return (
-        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 1e9
-    )
+    peaks = [resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit]
+    if status.exists():
+        peaks += [int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    else:
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return max(peaks) / 1e9
 
 
 def _combine(options: type, base: Run | None) -> type:

@@ -154,8 +154,8 @@ def folder(tmp_path, weights, tokenizer):
     run = replace(
         recipes.get("smoke"),
         **{
-            "model": CFG, "pretrain": (), "midtrain": (stage,), "schedule.batch_tokens": 4096,
-            "schedule.batch_tokens_start": 4096, "post.experts": experts, "post.evaluation.tasks": 24,
+            "schedule.batch_tokens": 4096, "schedule.batch_tokens_start": 4096,
+            "model": CFG, "pretrain": (), "midtrain": (stage,), "post.experts": experts, "post.evaluation.tasks": 24,
             "post.evaluation.answers": 8,
         },
     )  # fmt: skip
