@@ -5,6 +5,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.attention import reference, xla
+from pallas_kernels.choose import choose
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
@@ -41,11 +42,7 @@ def attention(
     _check(q_BTNH, k_BSKH, v_BSKH, *places)
     if shared_KSH is not None:
         _check_shared(k_BSKH, *shared_KSH)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best"
-        )
-    module = IMPLEMENTATIONS[implementation or "xla"]
+    module = choose("attention", IMPLEMENTATIONS, implementation, q_BTNH, k_BSKH, v_BSKH)
     return module.attention(q_BTNH, k_BSKH, v_BSKH, *places, scale, shared_KSH)
 
 

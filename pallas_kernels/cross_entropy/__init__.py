@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.choose import choose
 from pallas_kernels.cross_entropy import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.linear_token_loss, "xla": xla.linear_token_loss}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 TokenLoss = Callable[..., Array]
 
 
@@ -42,12 +43,9 @@ def linear_token_loss(
         )
     if not jnp.issubdtype(targets_X.dtype, jnp.integer):
         raise ValueError(f"linear_token_loss: targets are {targets_X.dtype}; use integers")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"linear_token_loss: unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}"
-        )
-    run = IMPLEMENTATIONS[implementation or "xla"]
-    loss, log_prob_X = run(token_loss, x_XD, w_DV, targets_X, *(z.astype(jnp.float32) for z in of_token))
+    module = choose("linear_token_loss", IMPLEMENTATIONS, implementation, x_XD, w_DV)
+    of_token = tuple(z.astype(jnp.float32) for z in of_token)
+    loss, log_prob_X = module.linear_token_loss(token_loss, x_XD, w_DV, targets_X, *of_token)
     return loss, jax.lax.stop_gradient(log_prob_X)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.choose import choose
 from pallas_kernels.grouped_matmul import reference, xla
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla}
@@ -27,7 +28,7 @@ def gmm(
 ) -> Float[Array, "R M"]:
     """Rows of x times their group's matrix; differentiable in x and w. Raises ValueError for shapes or names that do not fit."""
     _check("gmm", x_RD, w_EDM, group_sizes_E, contract=1)
-    return _gmm(x_RD, w_EDM, group_sizes_E, _module(implementation))
+    return _gmm(x_RD, w_EDM, group_sizes_E, choose("gmm", IMPLEMENTATIONS, implementation, x_RD, w_EDM))
 
 
 def gmm_t(
@@ -39,7 +40,7 @@ def gmm_t(
 ) -> Float[Array, "R D"]:
     """Rows of x times their group's matrix read transposed: the input's gradient of `gmm`. Not itself differentiable."""
     _check("gmm_t", x_RM, w_EDM, group_sizes_E, contract=2)
-    return _module(implementation).gmm_t(x_RM, w_EDM, group_sizes_E)
+    return choose("gmm_t", IMPLEMENTATIONS, implementation, x_RM, w_EDM).gmm_t(x_RM, w_EDM, group_sizes_E)
 
 
 def tgmm(
@@ -53,7 +54,7 @@ def tgmm(
     _check_sizes("tgmm", group_sizes_E)
     if x_RD.ndim != 2 or y_RM.ndim != 2 or x_RD.shape[0] != y_RM.shape[0]:
         raise ValueError(f"tgmm: x {x_RD.shape} and y {y_RM.shape} must be matrices with equally many rows")
-    return _module(implementation).tgmm(x_RD, y_RM, group_sizes_E)
+    return choose("tgmm", IMPLEMENTATIONS, implementation, x_RD, y_RM).tgmm(x_RD, y_RM, group_sizes_E)
 
 
 def expert_mlp(
@@ -73,7 +74,7 @@ def expert_mlp(
     Keeps only its inputs for the backward pass. Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
     _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    if _module(implementation) is reference:
+    if choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM) is reference:
         return reference.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
     return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
 
@@ -122,16 +123,6 @@ def _expert_mlp_bwd(inputs, dy_XD):
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
-
-
-def _module(name: str | None):
-    if name is None:
-        return xla
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"grouped_matmul: unknown implementation {name!r}; known: {', '.join(IMPLEMENTATIONS)}, or None for the best"
-        )
-    return IMPLEMENTATIONS[name]
 
 
 def _check(name: str, x: Array, w: Array, group_sizes_E: Array, contract: int) -> None:
