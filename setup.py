@@ -25,6 +25,7 @@ setup(
         "jaxtyping>=0.3",
         "tyro>=1.0",
         "tqdm>=4.66",
+        "psutil>=6.0",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "jinja2>=3.1.6",  # earlier sandboxes leak, and a checkpoint's chat template is run in it

@@ -37,11 +37,20 @@ From = Annotated[
 
 
 def main(script: Callable[..., Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """Parse the command line for `script`, call it, and leave with an exit code; a user's error is one message."""
+    """Parse the command line for `script`, call it, and leave with an exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> None:
         configure_jax()
         script(*parse(script, argv))
+
+    leave_after(work)
+
+
+def leave_after(work: Callable[[], Any]) -> NoReturn:
+    """Call `work`, and leave with an exit code; a user's error is one message."""
+    try:
+        work()
     except BrokenPipeError:  # `... --help | head`: whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

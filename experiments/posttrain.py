@@ -10,16 +10,15 @@ interrupted: what has been made is skipped.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import cli
+from experiments import cli, jobs
+from experiments.jobs import Job, Part
 from glm_jax.config import Expert, Run
-
-Part = tuple[str, Callable[[], Any]]  # the file, in the run's folder, that is there when it is done; what makes it
 
 
 @dataclass(frozen=True)
@@ -33,48 +32,58 @@ class Args:
 def main(args: Args, run: Run) -> None:
     """Run every part that is not there yet."""
     folder = cli.given(args.from_, "a trained run")
-    for done, work in parts(run, folder):
-        print(f"{done.removesuffix('.json')}{'  is there' if (folder / done).exists() else ''}", flush=True)
-        if not (folder / done).exists():
-            work()
+    jobs.run(plan(run, folder), folder)
 
 
-def parts(run: Run, folder: Path) -> Iterator[Part]:
-    """Everything that post-training does in a run's folder, in order."""
+def plan(run: Run, folder: Path, needs: tuple[str, ...] = ()) -> list[Job]:
+    """Everything that post-training does in a run's folder. Experts know nothing of each other, and take a share of the
+    machine; `needs` are the jobs that make the mid-trained model."""
     from experiments import sft, unify
 
-    for one in run.post.experts:  # all of them before the first hour of training
+    experts, level = run.post.experts, run.post.evaluation.level
+    for one in experts:  # all of them before the first hour of training
         sft.check_slips(one)
-    base = folder / run.stages[-1].name
-    for one in run.post.experts:
-        home = folder / one.domain
-        yield f"{one.domain}/sft/result.json", partial(_afresh, partial(cold_start, run, one, base, home / "sft"))
-        yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, one.grpo.levels, home, "")
-        yield f"{one.domain}/control/result.json", partial(control, run, one, home)
-        names = ["sft", "rl", "control"]
-        if run.post.self_distillation:
-            yield f"{one.domain}/sft2/result.json", partial(unify.cold_start_again, run, one, folder)
-            yield f"{one.domain}/rl2/result.json", partial(reinforce, run, one, harder(one), home, "2")
-            names += ["sft2", "rl2"]
-        for name in names:
-            for level in (run.post.evaluation.level, run.post.evaluation.harder_level):
-                yield score(folder, f"{one.domain}/{name}", one.domain, level, True)
-    if not run.post.experts:
-        return
-    yield "unified/sft/result.json", partial(_afresh, partial(unify.fine_tune, run, folder))
-    yield "unified/rl/result.json", partial(unify.reinforce, run, folder)
+    if not experts:
+        return []
+    names = ("sft", "rl", "sft2", "rl2") if run.post.self_distillation else ("sft", "rl")
+    made: list[Job] = []
+    for one in experts:
+        answers = (unify.answers_file(one), partial(unify.ask, run, one, folder))
+        parts = (*train(run, one, folder), answers, *scores_of(run, one, folder, names))
+        made.append(Job(one.domain, parts, needs, whole=False))
+    for one in experts:
+        parts = ((f"{one.domain}/control/result.json", partial(control, run, one, folder / one.domain)),)
+        parts += tuple(scores_of(run, one, folder, ("control",)))
+        made.append(Job(f"{one.domain} control", parts, (one.domain,), whole=False))
+    unified: list[Part] = [
+        ("unified/sft/result.json", partial(unify.fine_tune, run, folder)),
+        ("unified/rl/result.json", partial(unify.reinforce, run, folder)),
+    ]
+    made.append(Job("unified", tuple(unified), tuple(one.domain for one in experts)))
     for name in ("sft", "rl"):
-        for one in run.post.experts:
-            for thinking in (True, False):
-                yield score(folder, f"unified/{name}", one.domain, run.post.evaluation.level, thinking)
+        parts = [score(folder, f"unified/{name}", one.domain, level, mode) for one in experts for mode in (True, False)]
+        made.append(Job(f"unified {name} scores", tuple(parts), ("unified",), whole=False))
+    return made
 
 
-def _afresh(work: Callable[[], Any]) -> Any:
-    """Do `work` without the programs that were compiled before it: they hold memory, and few of them will be called again."""
-    import jax
+def train(run: Run, one: Expert, folder: Path) -> Iterator[Part]:
+    """An expert: cold start and RL, and a second round of both where the run has one."""
+    from experiments import unify
 
-    jax.clear_caches()
-    return work()
+    home = folder / one.domain
+    base = folder / run.stages[-1].name
+    yield f"{one.domain}/sft/result.json", partial(cold_start, run, one, base, home / "sft")
+    yield f"{one.domain}/rl/result.json", partial(reinforce, run, one, one.grpo.levels, home, "")
+    if run.post.self_distillation:
+        yield f"{one.domain}/sft2/result.json", partial(unify.cold_start_again, run, one, folder)
+        yield f"{one.domain}/rl2/result.json", partial(reinforce, run, one, harder(one), home, "2")
+
+
+def scores_of(run: Run, one: Expert, folder: Path, names: Iterable[str]) -> Iterator[Part]:
+    """Scores of an expert's checkpoints on held-out tasks of its domain, and on harder ones."""
+    for name in names:
+        for level in (run.post.evaluation.level, run.post.evaluation.harder_level):
+            yield score(folder, f"{one.domain}/{name}", one.domain, level, True)
 
 
 def cold_start(run: Run, one: Expert, base: Path, out: Path) -> dict[str, Any]:

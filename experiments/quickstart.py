@@ -4,20 +4,20 @@ their RL, one unified model, a report to look at.
     python -m experiments.quickstart --recipe tiny --out runs/quickstart      (the longest part is post-training)
     python -m experiments.quickstart --recipe smoke --out runs/smoke          (the same code in a few steps of each)
 
-It calls the functions of experiments.data, pretrain, midtrain, posttrain and evaluate, in one process. Run it again to go on where
-it was interrupted: finished parts are skipped. OUT/report.html needs no network and no other file; OUT/report.json has the
-figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
+It calls the functions of experiments.data, pretrain, midtrain, posttrain and evaluate; on CPUs experts are trained side by side.
+Run it again to go on where it was interrupted: finished parts are skipped. OUT/report.html needs no network and no other
+file; OUT/report.json has the figures. `python -m experiments.report --run OUT` writes both again from the folder alone.
 """
 
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, recipes
+from experiments import cli, jobs, recipes
+from experiments.jobs import Job, Part
 from glm_jax.config import ConfigError, Run, diff, fingerprint
 
 SAMPLE_TOKENS = 96
@@ -35,30 +35,39 @@ class Args:
 
 
 def main(args: Args, run: Run) -> None:
-    from experiments import evaluate, posttrain, pretrain
-    from glm_jax.evals import report, told
-    from glm_jax.train import checkpoint, loop
+    from experiments import posttrain
+    from glm_jax.evals import report
+    from glm_jax.train import loop
 
     _check(args.out, run)
     loop.check_layout(run, *run.stages)
-    parts: list[tuple[str, Callable[[], Any]]] = []  # (file that is there when it is done, what makes it)
-    for stage in run.stages:
-        train = partial(pretrain.train, run, stage, args.out, None, None)
-        parts.append((f"{stage.name}/{loop.RESULT_FILE}", train))
-        if stage in (run.stages[0], run.stages[-1]):
-            parts.append((f"{stage.name}/{told.SAMPLES_FILE}", partial(_write_samples, args.out / stage.name)))
-    last = args.out / run.stages[-1].name
-    evaluation = args.out / report.EVALUATION_FILE
-    parts.append((report.EVALUATION_FILE, lambda: checkpoint.write_json(evaluation, evaluate.compare(last))))
-    parts += posttrain.parts(run, args.out)
     clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
-    for done, work in parts:
-        print(f"{done.removesuffix('.json')}{'  is there' if (args.out / done).exists() else ''}", file=sys.stderr)
-        if not (args.out / done).exists():
-            work()
-            clock.save()
+    base = Job("base", tuple(_base(run, args.out)))
+    jobs.run([base, *posttrain.plan(run, args.out, needs=(base.name,))], args.out, clock.tick)
+    clock.tick()
     print(report.summary(report.write(args.out)))
     print(f"\n{args.out / report.HTML_FILE}")
+
+
+def _base(run: Run, out: Path) -> Iterator[Part]:
+    """From documents to the mid-trained model, with samples on the way and its place among compressors."""
+    from experiments import pretrain
+    from glm_jax.evals import report, told
+    from glm_jax.train import loop
+
+    for stage in run.stages:
+        yield f"{stage.name}/{loop.RESULT_FILE}", partial(pretrain.train, run, stage, out, None, None)
+        if stage in (run.stages[0], run.stages[-1]):
+            yield f"{stage.name}/{told.SAMPLES_FILE}", partial(_write_samples, out / stage.name)
+    yield report.EVALUATION_FILE, partial(_compare, out / run.stages[-1].name, out / report.EVALUATION_FILE)
+
+
+def _compare(last: Path, out: Path) -> None:
+    """Write the mid-trained model's bits per byte beside compressors'."""
+    from experiments import evaluate
+    from glm_jax.train import checkpoint
+
+    checkpoint.write_json(out, evaluate.compare(last))
 
 
 class _Clock:
@@ -68,14 +77,16 @@ class _Clock:
         from glm_jax.train import checkpoint
 
         self._path, self._facts, self._begun = path, facts, time.monotonic()
-        self._before = checkpoint.read_json(path) if path.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
+        before = checkpoint.read_json(path) if path.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
+        self._seconds, self._peak = before["seconds"], before["peak_rss_gb"]
 
-    def save(self) -> None:
+    def tick(self) -> None:
         from glm_jax.train import checkpoint
 
-        seconds = self._before["seconds"] + time.monotonic() - self._begun
-        peak = max(self._before["peak_rss_gb"], cli.peak_rss_gb())
-        checkpoint.write_json(self._path, {**self._facts, "seconds": round(seconds, 1), "peak_rss_gb": round(peak, 3)})
+        seconds = self._seconds + time.monotonic() - self._begun
+        self._peak = max(self._peak, jobs.memory_gb(), cli.peak_rss_gb())
+        told = {"seconds": round(seconds, 1), "peak_rss_gb": round(self._peak, 3)}
+        checkpoint.write_json(self._path, {**self._facts, **told})
 
 
 def _check(out: Path, run: Run) -> None:

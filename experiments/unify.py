@@ -8,7 +8,7 @@ reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO
 both modes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,24 +35,41 @@ class Args:
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Distil the experts and train the unified model; returns the result of its RL."""
     folder = cli.given(args.from_, "a run with its experts")
+    for one in run.post.experts:
+        if not (folder / answers_file(one)).exists():
+            ask(run, one, folder)
     fine_tune(run, folder)
     return reinforce(run, folder)
 
 
+def answers_file(one: Expert) -> str:
+    """Where, in the run's folder, an expert's accepted answers stand."""
+    return f"unified/answers/{one.domain}.json"
+
+
+def ask(run: Run, one: Expert, folder: Path) -> None:
+    """Write what the expert answers to fresh prompts and rejection sampling accepts, half of it told again in direct mode."""
+    from glm_jax.train import checkpoint
+
+    unify, last = run.post.unify, last_rl(folder / one.domain)
+    prompts = max(1, round(unify.prompts * one.unify_share))
+    found = answers(run, one, last, unify.grpo.levels, prompts)
+    dialogues = [dialogue.whole() for dialogue in told(found, unify.direct_share)]
+    checkpoint.write_json(folder / answers_file(one), {"from": last.name, **found.record(), "dialogues": dialogues})
+
+
 def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
-    """Rejection sampling, and SFT from the mid-trained base, in RUN/unified/sft."""
+    """SFT of the mid-trained base on the experts' accepted answers, in RUN/unified/sft."""
+    from glm_jax.data.dialogues import Dialogue
     from glm_jax.train import checkpoint, loop
 
     out = folder / "unified" / "sft"
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
-    levels, unify = run.post.unify.grpo.levels, run.post.unify
-    prompts = {one.domain: max(1, round(unify.prompts * one.unify_share)) for one in run.post.experts}
-    last = {one.domain: last_rl(folder / one.domain) for one in run.post.experts}
+    counts = {one.domain: checkpoint.read_json(folder / answers_file(one)) for one in run.post.experts}
     accepted = {
-        one.domain: answers(run, one, last[one.domain], levels, prompts[one.domain]) for one in run.post.experts
+        domain: [Dialogue.from_whole(whole) for whole in count.pop("dialogues")] for domain, count in counts.items()
     }
-    counts = {domain: {"from": last[domain].name, **found.record()} for domain, found in accepted.items()}
     checkpoint.write_json(folder / "unified" / REJECTION_FILE, counts)
     for domain, count in counts.items():
         print(f"{domain}: {count['accepted']} of {count['answers']} answers accepted; {count['reasons']}", flush=True)
@@ -64,8 +81,8 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
         )
     if empty:
         print(f"nothing was accepted of {', '.join(empty)}: the unified model is not taught it", flush=True)
-    training, validation = split(accepted, unify.direct_share, unify.sft.held_out)
-    return sft.train(run, unify.sft, training, validation, out, checkpoint.stage_folder(folder))
+    training, validation = split(accepted, run.post.unify.sft.held_out)
+    return sft.train(run, run.post.unify.sft, training, validation, out, checkpoint.stage_folder(folder))
 
 
 def cold_start_again(run: Run, one: Expert, folder: Path) -> dict[str, Any]:
@@ -80,7 +97,7 @@ def cold_start_again(run: Run, one: Expert, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"no answer of {home / 'rl'} was accepted, so there is nothing to distil; train it for longer"
         )
-    training, validation = split({one.domain: found}, 0.0, one.sft.held_out)
+    training, validation = split({one.domain: told(found, direct_share=0.0)}, one.sft.held_out)
     return sft.train(run, one.sft, training, validation, home / "sft2", checkpoint.stage_folder(folder))
 
 
@@ -117,18 +134,20 @@ def answers(
     return filtered(groups, unify.keep, unify.min_answer_tokens)
 
 
-def split(
-    accepted: dict[str, "Accepted"], direct_share: float, held_out: int
-) -> tuple[list["Dialogue"], list["Dialogue"]]:
-    """(training, validation) dialogues of all domains, in both modes; `held_out` of them for validation."""
+def told(found: "Accepted", direct_share: float) -> list["Dialogue"]:
+    """Accepted answers as dialogues, that share of them without their thoughts."""
     from glm_jax.distill.rejection import dialogues
 
+    return list(dialogues(found.samples, direct_share))
+
+
+def split(accepted: Mapping[str, Sequence["Dialogue"]], held_out: int) -> tuple[list["Dialogue"], list["Dialogue"]]:
+    """(training, validation) dialogues of all domains, in both modes; `held_out` of them for validation."""
     training, validation = [], []
     for found in accepted.values():
-        told = list(dialogues(found.samples, direct_share))
-        count = min(held_out // len(accepted), max(1, len(told) // 10), len(told) - 1) if told else 0
-        validation += told[:count]
-        training += told[count:]
+        count = min(held_out // len(accepted), max(1, len(found) // 10), len(found) - 1) if found else 0
+        validation += found[:count]
+        training += found[count:]
     return training, validation
 
 

@@ -48,7 +48,18 @@ class Dialogue:
         )
 
     def record(self) -> dict[str, Any]:
+        """What people read, JSON-ready."""
         return {"messages": self.messages, "tools": self.tools, "enable_thinking": self.enable_thinking}
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, JSON-ready: a sampled dialogue with its own tokens."""
+        return self.record() | {"ids": self.ids, "trained": self.trained}
+
+    @classmethod
+    def from_whole(cls, whole: dict[str, Any]) -> "Dialogue":
+        """The dialogue that `whole` told."""
+        tuples = {name: None if whole[name] is None else tuple(whole[name]) for name in ("tools", "ids", "trained")}
+        return cls(tuple(whole["messages"]), enable_thinking=whole["enable_thinking"], **tuples)
 
 
 @dataclass(frozen=True)

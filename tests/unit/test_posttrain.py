@@ -1,4 +1,4 @@
-"""Post-training as a list of parts: which, in what order, and that what is there is not made again."""
+"""Post-training as jobs: which, what they need, and in what order their parts stand."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from glm_jax.envs.reasoning import Reasoning
 
 
 def names(run, folder):
-    return [done for done, _ in posttrain.parts(run, folder)]
+    return [done for job in posttrain.plan(run, folder) for done, _ in job.parts]
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "smoke"])
@@ -20,7 +20,8 @@ def test_experts_come_first_and_the_unified_model_is_scored_in_both_modes(tmp_pa
     found = names(run, tmp_path)
     assert len(set(found)) == len(found)
     order = [name for name in found if name.endswith("result.json")]
-    assert order[:3] == ["reasoning/sft/result.json", "reasoning/rl/result.json", "reasoning/control/result.json"]
+    assert order[:2] == ["reasoning/sft/result.json", "reasoning/rl/result.json"]
+    assert "reasoning/control/result.json" in order
     assert order[-2:] == ["unified/sft/result.json", "unified/rl/result.json"]
     assert {"scores/unified-rl.chat.1.thinking.json", "scores/unified-rl.chat.1.direct.json"} <= {*found}
     assert "scores/agent-control.agent.2.thinking.json" in found

@@ -1,0 +1,179 @@
+"""Jobs that wait for each other, several at a time: how the parts of a long script share a machine.
+
+A job is a list of parts, and a part is a file with the function that makes it: what is there is not made again, so a
+script that was interrupted goes on by the same command. On an accelerator, which belongs to one process, jobs run one after
+another in this process. On CPUs each runs in a process of its own, with all cores or with a share of them: a
+miniature's operations are too small to be spread over cores, and three experts that know nothing of each other are not.
+"""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+
+from experiments import cli
+
+Part = tuple[str, Callable[[], Any]]  # the file, in the run's folder, that is there when it is done; what makes it
+
+MOST_AT_ONCE = 3  # jobs that share the cores: each holds the memory of a model in training
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parts to be done in order, once the jobs that it needs are done."""
+
+    name: str
+    parts: tuple[Part, ...]  # functions of modules and partials of them: they travel to another process
+    needs: tuple[str, ...] = ()
+    whole: bool = True  # takes all cores; else runs beside others on a share of them
+
+    def open(self, folder: Path) -> bool:
+        """Whether a part is still to be made."""
+        return any(not (folder / done).exists() for done, _ in self.parts)
+
+
+def run(jobs: Sequence[Job], folder: Path, tick: Callable[[], Any] = lambda: None) -> None:
+    """Do every job of `jobs` that is open; calls `tick` now and then. Leaves with a job's exit code where one fails,
+    having ended the others: what they had made is kept."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        _Processes(jobs, folder, tick).run()
+        return
+    for job in _in_order(jobs):
+        jax.clear_caches()  # programs of the job before hold memory, and few of them will be called again
+        _work(job, folder, tick)
+
+
+def memory_gb() -> float:
+    """Resident memory of this process and those that it began, GB of 10^9 bytes; pages that they share count for each."""
+    me, total = psutil.Process(), 0
+    for process in (me, *me.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # ended meanwhile
+            continue
+    return total / 1e9
+
+
+def _in_order(jobs: Sequence[Job]) -> list[Job]:
+    """`jobs`, each after those that it needs."""
+    left, ordered = list(jobs), []
+    while left:
+        done = {job.name for job in ordered}
+        ready = next(job for job in left if set(job.needs) <= done)
+        left.remove(ready)
+        ordered.append(ready)
+    return ordered
+
+
+def _work(job: Job, folder: Path, tick: Callable[[], Any] = lambda: None) -> None:
+    for done, work in job.parts:
+        there = (folder / done).exists()
+        print(f"{done.removesuffix('.json')}{'  is there' if there else ''}", file=sys.stderr, flush=True)
+        if not there:
+            work()
+        tick()
+
+
+class _Processes:
+    """Jobs under way, each in a process of its own."""
+
+    def __init__(self, jobs: Sequence[Job], folder: Path, tick: Callable[[], Any]):
+        self._waiting, self._folder, self._tick = _in_order(jobs), folder, tick
+        self._running: dict[str, BaseProcess] = {}
+        self._done: set[str] = set()
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._at_once = min(self._cores, MOST_AT_ONCE)
+
+    def run(self) -> None:
+        try:
+            while self._waiting or self._running:
+                while (job := self._next()) is not None:
+                    self._waiting.remove(job)
+                    self._begin(job)
+                connection.wait([process.sentinel for process in self._running.values()], timeout=POLL_SECONDS)
+                self._tick()
+                self._gather()
+        finally:
+            for process in self._running.values():
+                process.terminate()
+            for process in self._running.values():
+                process.join()
+
+    def _next(self) -> Job | None:
+        """A job that can begin beside those that run."""
+        for job in self._waiting:
+            room = not self._running if job.whole else len(self._running) < self._at_once
+            if room and set(job.needs) <= self._done:
+                return job
+        return None
+
+    def _begin(self, job: Job) -> None:
+        if not job.open(self._folder):
+            self._done.add(job.name)
+            return
+        threads = self._cores if job.whole else max(1, self._cores // self._at_once)
+        arguments = (partial(_work, job, self._folder), threads, "" if job.whole else job.name)
+        process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments, name=job.name)
+        process.start()
+        self._running[job.name] = process
+
+    def _gather(self) -> None:
+        for name, process in list(self._running.items()):
+            if process.exitcode is None:
+                continue
+            process.join()
+            del self._running[name]
+            if process.exitcode:
+                told = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
+                print(f"{name} ended with {told}", file=sys.stderr, flush=True)
+                sys.exit(process.exitcode if process.exitcode > 0 else cli.FAILURE)
+            self._done.add(name)
+
+
+def _child(work: Callable[[], None], threads: int, name: str) -> None:
+    """A job's process: `threads` for jax's computations, lines that begin with `name`, and an end when its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["PJRT_NPROC"] = str(threads)
+    if name:
+        sys.stdout, sys.stderr = _Named(name, sys.stdout), _Named(name, sys.stderr)
+    cli.leave_after(work)
+
+
+def _end_with_parent() -> None:
+    """Leave at once when the parent is gone, killed or not: two runs must never write to one folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(cli.INTERRUPTED)
+
+
+class _Named(io.TextIOBase):
+    """Whole lines, each with a job's name in front; no terminal, so that progress comes in lines too."""
+
+    def __init__(self, name: str, stream: TextIO):
+        self._name, self._stream, self._line = name, stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        if lines:
+            self._stream.write("".join(f"{self._name} | {line}\n" for line in lines))
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
