@@ -65,8 +65,8 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     before, name, data = checkpoint.load_run(start)
     run = as_stage(run, settings, before.stage(name).rope_theta)
     loop.check_layout(run, *run.stages)
-    checkpoint.save_run(out, run, "rl", data, after=start)
-    with jax.set_mesh(mesh.make(run.mesh)):
+    with checkpoint.sole_writer(out), jax.set_mesh(mesh.make(run.mesh)):
+        checkpoint.save_run(out, run, "rl", data, after=start)
         learner = Learner(run, settings, sources, out, data, start)
         try:
             return learner.train()

@@ -3,8 +3,11 @@
 A stage's folder holds `run.json` (the run's canonical configuration and the stage's name) and `checkpoints/<step>`.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a stage's folder while it is written to: ConfigError where another process does. However that process ends, the
+    system lets go of it. Of several processes of one run the first holds it for all."""
+    if jax.process_index():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is training in {folder}; wait for its end, or stop it") from error
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -49,8 +49,8 @@ def train_stage(
     specs = model.specs(cfg)
     check_layout(run, stage)
     tx = optimizer(run.optim, specs)
-    checkpoint.save_run(out, run, stage.name, data, start or weights)
-    with jax.set_mesh(device_mesh):
+    with checkpoint.sole_writer(out), jax.set_mesh(device_mesh):
+        checkpoint.save_run(out, run, stage.name, data, start or weights)
         trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed), measure)
         try:
             trainer.restore(start, weights)

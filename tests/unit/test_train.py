@@ -142,6 +142,17 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
         checkpoint.load_params(tmp_path)
 
 
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with (
+        checkpoint.sole_writer(tmp_path / "sft"),
+        pytest.raises(ConfigError, match=r"another process is training in .*sft; wait"),
+        checkpoint.sole_writer(tmp_path / "sft"),
+    ):
+        pass
+    with checkpoint.sole_writer(tmp_path / "sft"):
+        pass
+
+
 def test_a_log_opened_again_drops_what_came_after_the_checkpoint(tmp_path):
     record = {"loss": 1.0, "lr": 0.1, "batch_tokens": 8}
     log = metrics.Log(tmp_path, -1, 80, "stage")
