@@ -14,9 +14,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.choose import choose
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
 
 
 def gmm(
