@@ -10,7 +10,7 @@ class Chip:
     flops: float  # bfloat16 in, float32 out, a second
     bandwidth: float  # bytes a second of its main memory
     memory: float  # bytes
-    fp8_flops: float = 0.0  # 0: no float8 units
+    fp8_flops: float = 0.0  # 0: none, or none stated
     cores: int = 1  # that share a device's programs
     matrix: int = 0  # rows and columns of a TPU's matrix unit
     products: int = 0  # bfloat16 multiply-adds a cycle and core: flops = 2 * products * cores * clock

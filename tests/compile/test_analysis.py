@@ -41,9 +41,9 @@ SQUARE = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_a_schedule_multiplies_what_the_tile_does(chip):
-    figures = analysis.tpu(partial(product, tile=256), (SQUARE, SQUARE), chip)
+    figures = analysis.tpu(partial(product, tile=512), (SQUARE, SQUARE), chip)
     (loops,) = figures.loops.values()
-    assert loops[0].products == 256 * 1024 * 256  # a grid step
+    assert loops[0].products == 512 * 1024 * 512  # a grid step
     assert 0.85 < loops[0].over_ideal(figures.chip) < 2
     assert figures.operations == 2 * 1024**3
     assert figures.bound_seconds == pytest.approx(
