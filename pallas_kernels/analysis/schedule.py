@@ -4,8 +4,8 @@ A TPU core issues one bundle (a very long instruction word) a cycle, in an order
 kernel's final bundles has a line or more for each: its address, its instructions, and which regions start and end there: a
 branch (`sbr.rel`) to a region that started before closes a loop, and one to a later region jumps over a block. Beside it
 lies a table of how many instructions of each unit a bundle holds, spills and fills among them.
-What the listing cannot know are stalls: waits for memory, and units that are still busy. A schedule may be a few per cent
-shorter than its matrix units need (v5p: 14 bundles between matmuls that take 16 cycles); then they are the bound.
+What the listing cannot know are stalls: waits for memory, and units that are still busy. A schedule may be shorter than its
+matrix units need (v5p: 14 bundles between matmuls that take 16 cycles; tpu7x queues them, to two thirds); then they are the bound.
 """
 
 import re
@@ -34,7 +34,7 @@ class Loop:
     fills: int  # and read again
 
     def over_ideal(self, chip: Chip) -> float:
-        """Bundles over the cycles that the matrix units need for the same at full rate; 1 is perfect."""
+        """Bundles over the cycles that the matrix units need for the same at full rate: up to 1 they are the bound."""
         return self.bundles * chip.products / self.products
 
 

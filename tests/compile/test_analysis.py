@@ -44,7 +44,7 @@ def test_a_schedule_multiplies_what_the_tile_does(chip):
     figures = analysis.tpu(partial(product, tile=512), (SQUARE, SQUARE), chip)
     (loops,) = figures.loops.values()
     assert loops[0].products == 512 * 1024 * 512  # a grid step
-    assert 0.85 < loops[0].over_ideal(figures.chip) < 2
+    assert 0.6 < loops[0].over_ideal(figures.chip) < 2
     assert figures.operations == 2 * 1024**3
     assert figures.bound_seconds == pytest.approx(
         max(2 * 1024**3 / figures.chip.flops, figures.bytes_moved / figures.chip.bandwidth)
