@@ -31,17 +31,18 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 class Config:
     """How a visit's product [tile, depth] x [depth, columns] is cut up into products that leave nothing to spill.
 
-    One loop iteration covers `column_step` columns and `unroll * depth_step` of the depth, in products of `row_step` rows.
-    None is the whole. With all of the depth in one product, its partial sums live in registers and the matrix units; else
-    they live in an accumulator in the fast memory. An iteration should take thousands of cycles: filling and draining the
-    matrix units takes some 250. `tgmm` multiplies `unroll` times `row_step` columns of x by all of y in an iteration.
+    A product takes `row_step` rows and `column_step` columns. Without `depth_step` it takes the whole depth, and its partial
+    sums live in registers and the matrix units; with it, that much of the depth, and they live in an accumulator in the fast
+    memory. `tgmm` multiplies `row_step` columns of x by all of y.
+    `work` is how many multiply-adds a loop's iteration should have, to outweigh the some 250 cycles that filling and
+    draining the matrix units takes: as many products are unrolled into it.
     """
 
     tile: int = 512  # rows of x in a visit
     row_step: int = 256
-    column_step: int | None = 128
+    column_step: int = 128
     depth_step: int | None = None
-    unroll: int = 1
+    work: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Chip:
     vmem_bytes: int = 64 << 20
     gmm: Config = Config()
     gmm_t: Config = Config()
-    tgmm: Config = Config(row_step=128, unroll=8)
+    tgmm: Config = Config(row_step=128, work=1 << 28)
 
 
 def chip() -> Chip:
@@ -147,32 +148,53 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
 
 def _gmm_kernel(bound_G, group_W, tile_W, _, __, x_ref, w_ref, y_ref, *accumulator, config, contract, groups):
     visit = pl.program_id(1)
-    group, tile, w_ref = group_W[visit], x_ref.shape[0], w_ref.at[0]
+    group, tile = group_W[visit], x_ref.shape[0]
 
-    def put(rows: slice, columns, new):
-        keep = _mine(bound_G, group, tile_W[visit] * tile + rows.start, rows.stop - rows.start)
-        y_ref[rows, columns] = jnp.where(keep, new, y_ref[rows, columns])
-
-    @pl.when(group == groups)
-    def _():  # the tail
-        put(slice(0, tile), slice(None), jnp.zeros((), y_ref.dtype))
-
-    def add(columns, depth, first: bool, last: bool):
-        w = w_ref[depth, columns] if contract == NN else w_ref[columns, depth]
-        for start in range(0, tile, config.row_step):
-            rows = slice(start, min(start + config.row_step, tile))
-            total = _dot(x_ref[rows, depth], w, contract)
-            if not first:
-                total += accumulator[0][rows, columns]
-            if last:
-                put(rows, columns, total.astype(y_ref.dtype))
-            else:
-                accumulator[0][rows, columns] = total
+    def put(rows: pl.Slice, columns: pl.Slice, new: Array):
+        keep = _mine(bound_G, group, tile_W[visit] * tile + rows.start, rows.size)
+        y_ref[rows, columns] = jnp.where(keep, new.astype(y_ref.dtype), y_ref[rows, columns])
 
     @pl.when(group < groups)
     def _():
-        of_columns = lambda columns: _through(x_ref.shape[1], config, partial(add, columns))
-        _in_steps(0, y_ref.shape[1], config.column_step or y_ref.shape[1], 1, of_columns)
+        multiply = _by_depth if config.depth_step else _by_columns
+        multiply(x_ref, w_ref.at[0], put, config, contract, *accumulator)
+
+    @pl.when(group == groups)
+    def _():  # the tail
+        put(pl.ds(0, tile), pl.ds(0, y_ref.shape[1]), jnp.zeros(y_ref.shape, y_ref.dtype))
+
+
+def _by_columns(x_ref, w_ref, put: Callable, config: Config, contract) -> None:
+    """`put(rows, columns, product)` over the whole depth. Weights are read anew for each product: held, they would be spilled."""
+    (tile, depth), step = x_ref.shape, config.row_step
+    unroll = config.work // (step * depth * config.column_step)
+
+    def at(columns: pl.Slice, rows: pl.Slice):
+        w = w_ref[:, columns] if contract == NN else w_ref[columns, :]
+        put(rows, columns, _dot(x_ref[rows, :], w, contract))
+
+    def rows_of(columns: pl.Slice):
+        _in_steps(0, tile, step, unroll, partial(at, columns))
+
+    _in_steps(0, w_ref.shape[contract == NN], config.column_step, 1, rows_of)
+
+
+def _by_depth(x_ref, w_ref, put: Callable, config: Config, contract, accumulator) -> None:
+    """The same, adding up over the depth. Loops of their own keep the accumulator out of registers."""
+    tile, depth = x_ref.shape
+
+    def add(columns: pl.Slice, k: pl.Slice):
+        for start in range(0, tile, config.row_step):
+            rows = pl.ds(start, min(config.row_step, tile - start))
+            w = w_ref[k, columns] if contract == NN else w_ref[columns, k]
+            accumulator[rows, columns] += _dot(x_ref[rows, k], w, contract)
+
+    def through(columns: pl.Slice):
+        _in_steps(0, depth, config.depth_step, config.work // (tile * config.depth_step * columns.size), partial(add, columns))
+        _in_steps(0, tile, SUBLANES, 1, lambda rows: put(rows, columns, accumulator[rows, columns]))
+
+    accumulator[...] = jnp.zeros_like(accumulator)
+    _in_steps(0, w_ref.shape[contract == NN], config.column_step, 1, through)
 
 
 def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_scratch, *, config):
@@ -186,10 +208,10 @@ def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_s
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def accumulate(x_ref, y_ref):
-        def add(columns):
+        def add(columns: pl.Slice):
             sum_ref[0, columns, :] += _dot(x_ref[:, columns], y_ref[...], TN)
 
-        _in_steps(0, width, config.row_step, config.unroll, add)
+        _in_steps(0, width, config.row_step, config.work // (config.row_step * y_ref.size), add)
 
     @pl.when(whole)
     def _():
@@ -214,31 +236,21 @@ def _dot(a: Array, b: Array, contract) -> Array:
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=F32)
 
 
-def _through(depth: int, config: Config, add: Callable) -> None:
-    """`add(slice, first=, last=)` for the steps of the depth."""
-    step = config.depth_step or depth
-    last = (pl.cdiv(depth, step) - 1) * step
-    if last == 0:
-        add(slice(0, depth), first=True, last=True)
-        return
-    add(slice(0, step), first=True, last=False)
-    _in_steps(step, last, step, config.unroll, partial(add, first=False, last=False))
-    add(slice(last, depth), first=False, last=True)
-
-
 def _in_steps(start: int, stop: int, step: int, unroll: int, body: Callable) -> None:
-    """`body(slice)` from start to stop: a loop of `unroll` steps an iteration, and what is left over without one."""
-    rounds = (stop - start) // (step * unroll)
+    """`body(slice)` from start to stop: `unroll` steps or somewhat more to a loop's iteration; what is left over without a loop."""
+    steps = (stop - start) // step
+    rounds = max(1, steps // max(1, unroll))
+    each = steps // rounds
     if rounds > 1:
 
         @pl.loop(0, rounds)
         def _(i):
-            for j in range(unroll):
-                body(pl.ds(start + (i * unroll + j) * step, step))
+            for j in range(each):
+                body(pl.ds(start + (i * each + j) * step, step))
 
-        start += rounds * unroll * step
+        start += rounds * each * step
     for at in range(start, stop, step):
-        body(slice(at, min(at + step, stop)))
+        body(pl.ds(at, min(step, stop - at)))
 
 
 def _tile(rows: int, config: Config) -> int:
