@@ -137,7 +137,8 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
                 pl.BlockSpec(w_block, w_at),
             ],
             out_specs=pl.BlockSpec((tile, width), lambda n, v, bound, group, at, source, matrix: (at[v], n)),
-            scratch_shapes=[pltpu.VMEM((tile, width), F32)] if config.depth_step else [],
+            scratch_shapes=[pltpu.VMEM((tile, width), x_RK.dtype)]
+            + ([pltpu.VMEM((tile, width), F32)] if config.depth_step else []),
         ),
         out_shape=_like(x_RK, (rows, N), x_RK.dtype),
         compiler_params=_parameters(here),
@@ -146,42 +147,53 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
     )(*walk[:5], x_RK, w)
 
 
-def _gmm_kernel(bound_G, group_W, tile_W, _, __, x_ref, w_ref, y_ref, *accumulator, config, contract, groups):
-    visit = pl.program_id(1)
-    group, tile = group_W[visit], x_ref.shape[0]
+def _gmm_kernel(
+    bound_G, group_W, tile_W, _, __, x_ref, w_ref, y_ref, others_ref, *accumulator, config, contract, groups
+):
+    visit, tile = pl.program_id(1), y_ref.shape[0]
+    group, first_row = group_W[visit], tile_W[visit] * tile
+    whole = (bound_G[group] <= first_row) & (first_row + tile <= bound_G[group + 1])
 
-    def put(rows: pl.Slice, columns: pl.Slice, new: Array):
-        keep = _mine(bound_G, group, tile_W[visit] * tile + rows.start, rows.size)
-        y_ref[rows, columns] = jnp.where(keep, new.astype(y_ref.dtype), y_ref[rows, columns])
+    def keep_mine(new_ref, old_ref, rows: pl.Slice):
+        mine = _mine(bound_G, group, first_row + rows.start, rows.size)
+        new = 0 if new_ref is None else new_ref[rows, :]
+        y_ref[rows, :] = jnp.where(mine, new, old_ref[rows, :])
+
+    @pl.when(group == groups)
+    def _():  # the tail
+        _in_steps(0, tile, SUBLANES, 1, partial(keep_mine, None, y_ref))
+
+    @pl.when((group < groups) & ~whole)
+    def _():  # what the visits before have written
+        others_ref[...] = y_ref[...]
 
     @pl.when(group < groups)
     def _():
         multiply = _by_depth if config.depth_step else _by_columns
-        multiply(x_ref, w_ref.at[0], put, config, contract, *accumulator)
+        multiply(x_ref, w_ref.at[0], y_ref, config, contract, *accumulator)
 
-    @pl.when(group == groups)
-    def _():  # the tail
-        put(pl.ds(0, tile), pl.ds(0, y_ref.shape[1]), jnp.zeros(y_ref.shape, y_ref.dtype))
+    @pl.when((group < groups) & ~whole)
+    def _():
+        _in_steps(0, tile, SUBLANES, 1, partial(keep_mine, y_ref, others_ref))
 
 
-def _by_columns(x_ref, w_ref, put: Callable, config: Config, contract) -> None:
-    """`put(rows, columns, product)` over the whole depth. Weights are read anew for each product: held, they would be spilled."""
+def _by_columns(x_ref, w_ref, y_ref, config: Config, contract) -> None:
+    """Products over the whole depth. Weights are read anew for each: held, they would be spilled."""
     (tile, depth), step = x_ref.shape, config.row_step
-    unroll = config.work // (step * depth * config.column_step)
 
-    def at(columns: pl.Slice, rows: pl.Slice):
+    def multiply(columns: pl.Slice, rows: pl.Slice):
         w = w_ref[:, columns] if contract == NN else w_ref[columns, :]
-        put(rows, columns, _dot(x_ref[rows, :], w, contract))
+        y_ref[rows, columns] = _dot(x_ref[rows, :], w, contract).astype(y_ref.dtype)
 
-    def rows_of(columns: pl.Slice):
-        _in_steps(0, tile, step, unroll, partial(at, columns))
+    def through(columns: pl.Slice):
+        _in_steps(0, tile, step, config.work // (step * depth * config.column_step), partial(multiply, columns))
 
-    _in_steps(0, w_ref.shape[contract == NN], config.column_step, 1, rows_of)
+    _in_steps(0, y_ref.shape[1], config.column_step, 1, through)
 
 
-def _by_depth(x_ref, w_ref, put: Callable, config: Config, contract, accumulator) -> None:
-    """The same, adding up over the depth. Loops of their own keep the accumulator out of registers."""
-    tile, depth = x_ref.shape
+def _by_depth(x_ref, w_ref, y_ref, config: Config, contract, accumulator) -> None:
+    """Adding up over the depth. Loops of their own keep the accumulator out of registers."""
+    (tile, depth), step = x_ref.shape, config.depth_step
 
     def add(columns: pl.Slice, k: pl.Slice):
         for start in range(0, tile, config.row_step):
@@ -190,11 +202,14 @@ def _by_depth(x_ref, w_ref, put: Callable, config: Config, contract, accumulator
             accumulator[rows, columns] += _dot(x_ref[rows, k], w, contract)
 
     def through(columns: pl.Slice):
-        _in_steps(0, depth, config.depth_step, config.work // (tile * config.depth_step * columns.size), partial(add, columns))
-        _in_steps(0, tile, SUBLANES, 1, lambda rows: put(rows, columns, accumulator[rows, columns]))
+        _in_steps(0, depth, step, config.work // (tile * step * columns.size), partial(add, columns))
+
+    def write(rows: pl.Slice):
+        y_ref[rows, :] = accumulator[rows, :].astype(y_ref.dtype)
 
     accumulator[...] = jnp.zeros_like(accumulator)
-    _in_steps(0, w_ref.shape[contract == NN], config.column_step, 1, through)
+    _in_steps(0, y_ref.shape[1], config.column_step, 1, through)
+    _in_steps(0, tile, SUBLANES, 1, write)
 
 
 def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_scratch, *, config):

@@ -8,6 +8,7 @@ bfloat16 buffer that a loop writes to would be converted whole, at each step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -90,16 +91,26 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
 
 
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
-    rows, block = x_RD.shape[0], block_rows(x_RD.shape[0], group_sizes_E.shape[0])
+    """Whole blocks of a group's rows, and one product for what is left: each sum that is written costs as much as many rows."""
+    rows = x_RD.shape[0]
+    whole = min(LARGEST_BLOCK, rows)
+    left_sizes = [*range(SMALLEST_BLOCK, whole, SMALLEST_BLOCK), whole]
+
+    def product(wanted, stop, block: int):
+        """Of the rows wanted..stop, at most `block`."""
+        first = jnp.minimum(wanted, rows - block)
+        row_b1 = first + jnp.arange(block)[:, None]
+        keep_b1 = (row_b1 >= wanted) & (row_b1 < stop)
+        x_bD, y_bM = (jnp.where(keep_b1, _take(z, first, block), 0) for z in (x_RD, y_RM))
+        return _dot(x_bD, y_bM, 0, 0)
 
     def group(_, of_group):
         size, end = of_group
-
-        def body(first, keep_b1, sum_DM):
-            x_bD, y_bM = (jnp.where(keep_b1, _take(z, first, block), 0) for z in (x_RD, y_RM))
-            return sum_DM + _dot(x_bD, y_bM, 0, 0)
-
-        return None, over_blocks(size, end, rows, block, body, _zeros(x_RD, x_RD.shape[1], y_RM.shape[1]))
+        start, blocks = end - size, jnp.maximum(size - 1, 0) // whole
+        left = start + blocks * whole
+        branches = [partial(product, block=block) for block in left_sizes]
+        sum_DM = lax.switch(jnp.maximum(end - left - 1, 0) // SMALLEST_BLOCK, branches, left, end)
+        return None, lax.fori_loop(0, blocks, lambda i, sum_DM: sum_DM + product(start + i * whole, end, whole), sum_DM)
 
     return lax.scan(group, None, (group_sizes_E, jnp.cumsum(group_sizes_E)))[1]
 

@@ -51,7 +51,10 @@ def test_any_choice_of_experts(experts):
 
 def test_the_bias_moves_the_choice_and_not_the_weights():
     rng = np.random.default_rng(1)
-    x, router = jnp.asarray(rng.normal(size=(5, 6, 8)), "bfloat16"), jnp.asarray(rng.normal(size=(8, GROUPS)), "float32")
+    x, router = (
+        jnp.asarray(rng.normal(size=(5, 6, 8)), "bfloat16"),
+        jnp.asarray(rng.normal(size=(8, GROUPS)), "float32"),
+    )
     scores = routing.scores(x, router)
     np.testing.assert_allclose(scores, 1 / (1 + np.exp(-np.asarray(x, "float64") @ np.asarray(router))), rtol=1e-5)
     bias = jnp.asarray(rng.normal(size=GROUPS), "float32")
