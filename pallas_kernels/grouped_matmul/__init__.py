@@ -109,23 +109,18 @@ def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module
 def _expert_mlp_fwd(*inputs_and_module):
     *inputs, module = inputs_and_module
     y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs)
-    return y_XD, (inputs, hidden)
+    return y_XD, (*inputs, hidden)
 
 
 def _expert_mlp_bwd(module, saved, dy_XD):
-    inputs, hidden = saved
-    x_XD, gate_EDM, up_EDM, down_EMD, _, weights_XA = inputs
-    dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweights_XA = (
-        xla.expert_mlp_grad(*inputs, dy_XD) if module is xla else routed.expert_mlp_grad(module, *inputs, hidden, dy_XD)
-    )
-    return (
-        dx_XD.astype(x_XD.dtype),
-        dgate_EDM.astype(gate_EDM.dtype),
-        dup_EDM.astype(up_EDM.dtype),
-        ddown_EMD.astype(down_EMD.dtype),
-        None,
-        dweights_XA.astype(weights_XA.dtype),
-    )
+    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, hidden = saved
+    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+    if module is xla:
+        gradients = xla.expert_mlp_grad(*inputs, dy_XD)
+    else:
+        gradients = routed.expert_mlp_grad(module, *inputs, hidden, dy_XD)
+    *layer, weights = (d.astype(z.dtype) for d, z in zip(gradients, (*inputs[:4], weights_XA), strict=True))
+    return *layer, None, weights  # none for the experts
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)

@@ -4,6 +4,7 @@ The routed rows of x and of the gradient are stored here, expert by expert, in x
 is the inputs and the up-projection's pre-activation. Between the products everything is float32.
 """
 
+from functools import reduce
 from types import ModuleType
 from typing import NamedTuple
 
@@ -89,5 +90,5 @@ def expert_mlp_grad(
 
 def _sum_of_choices(y_RD: Array, position_XA: Array, weight_XA: Array) -> Array:
     """Per token the weighted sum of its rows, in float32: a choice at a time, so that no [X,A,D] is ever stored."""
-    choices = range(position_XA.shape[1])
-    return sum(weight_XA[:, a, None] * y_RD[position_XA[:, a]].astype(F32) for a in choices)
+    of_choice = (weight_XA[:, a, None] * y_RD[position_XA[:, a]].astype(F32) for a in range(position_XA.shape[1]))
+    return reduce(jnp.add, of_choice)

@@ -79,6 +79,11 @@ def refusal(operation: str, *arrays: Array) -> str | None:
     widths = {*x.shape[1:], *other.shape[1:]}
     if any(width % LANES for width in widths):
         return f"shapes {x.shape} and {other.shape}: widths must be multiples of {LANES}"
+    needed, vmem = 2 * (Config.tile + LANES) * max(widths) * x.dtype.itemsize, chip().vmem_bytes
+    if needed > vmem * 3 // 4:
+        return (
+            f"shapes {x.shape} and {other.shape}: a tile of rows would take {needed:,} of {vmem:,} bytes of fast memory"
+        )
     return None
 
 
@@ -155,7 +160,7 @@ def _gmm_kernel(
     whole = (bound_G[group] <= first_row) & (first_row + tile <= bound_G[group + 1])
 
     def keep_mine(new_ref, old_ref, rows: pl.Slice):
-        mine = _mine(bound_G, group, first_row + rows.start, rows.size)
+        mine = _mine(bound_G, group, first_row + rows.start, SUBLANES)
         new = 0 if new_ref is None else new_ref[rows, :]
         y_ref[rows, :] = jnp.where(mine, new, old_ref[rows, :])
 
@@ -193,7 +198,7 @@ def _by_columns(x_ref, w_ref, y_ref, config: Config, contract) -> None:
 
 def _by_depth(x_ref, w_ref, y_ref, config: Config, contract, accumulator) -> None:
     """Adding up over the depth. Loops of their own keep the accumulator out of registers."""
-    (tile, depth), step = x_ref.shape, config.depth_step
+    (tile, depth), step = x_ref.shape, config.depth_step or x_ref.shape[1]
 
     def add(columns: pl.Slice, k: pl.Slice):
         for start in range(0, tile, config.row_step):
