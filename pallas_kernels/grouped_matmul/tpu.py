@@ -47,7 +47,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Chip:
-    """What the kernels ask of a chip. The default is safe on any TPU."""
+    """What the kernels ask of a chip. The default fits any TPU from v5e on, if not as fast as its own."""
 
     cores: int = 1  # that share one device, and a grid's parallel dimension
     vmem_bytes: int = 64 << 20
@@ -59,7 +59,7 @@ class Chip:
 def chip() -> Chip:
     """That of the mesh in context; without one, the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return Chip() if device is None else _tuned(device.device_kind, device.num_cores)
+    return Chip() if device is None else _tuned(device.device_kind, device.num_cores or 1)
 
 
 @cache
@@ -107,10 +107,10 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
             num_scalar_prefetch=3,
             grid=(pl.cdiv(D, width), walk.count),
             in_specs=[
-                pl.BlockSpec((tile, width), lambda d, w, bound, group, at: (at[w], d)),
-                pl.BlockSpec((tile, M), lambda d, w, bound, group, at: (at[w], 0)),
+                pl.BlockSpec((tile, width), lambda d, v, bound, group, at: (at[v], d)),
+                pl.BlockSpec((tile, M), lambda d, v, bound, group, at: (at[v], 0)),
             ],
-            out_specs=pl.BlockSpec((1, width, M), lambda d, w, bound, group, at: (group[w], d, 0)),
+            out_specs=pl.BlockSpec((1, width, M), lambda d, v, bound, group, at: (group[v], d, 0)),
             scratch_shapes=[pltpu.VMEM((tile, width), x_RD.dtype), pltpu.VMEM((tile, M), y_RM.dtype)],
         ),
         out_shape=_like(x_RD, (E, D, M), F32),
