@@ -86,7 +86,7 @@ def test_pieces_of_the_gradient_are_public(implementation):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 200), min_size=4, max_size=4))
 def test_any_group_sizes_on_a_simulated_tpu(sizes):
     case = Gmm(R=800, D=128, M=128, sizes=tuple(sizes))  # two tiles
