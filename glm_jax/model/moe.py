@@ -9,6 +9,7 @@ from glm_jax.config import Model
 from glm_jax.model.ops import swiglu
 from glm_jax.parallel.expert import routed_experts
 from glm_jax.spec import part, state, weight
+from pallas_kernels import routing
 
 # added to scores to choose experts, never to weigh them; moved by counts, never by a gradient
 ROUTER_BIAS = state("E", hf="mlp.gate.e_score_correction_bias")
@@ -61,7 +62,7 @@ def moe(
 ) -> tuple[Array, Routing]:
     """Routed experts plus the unscaled, ungated shared expert. `real_BT` is False on padding, which counts nowhere.
     `given_BTA`: experts chosen earlier, as `choose` takes them."""
-    scores_BTE = jax.nn.sigmoid(jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), p.router_DE.astype(jnp.float32)))
+    scores_BTE = routing.scores(x_BTD, p.router_DE)
     experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E, given_BTA)
     y_BTD = routed_experts(
         x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD, implementation=cfg.implementation
@@ -71,8 +72,8 @@ def moe(
 
     counted_BTE = chosen_BTE
     if cfg.balance_on == "unbiased":
-        counted_BTE = _chosen(cfg, jax.lax.top_k(scores_BTE, cfg.A)[1])
-    load_E = jnp.sum(chosen_BTE * real_BT[..., None], axis=(0, 1))
+        counted_BTE = routing.chosen(jax.lax.top_k(scores_BTE, cfg.A)[1], cfg.E)
+    load_E = routing.counts(chosen_BTE, real_BT)
     return y_BTD, Routing(load_E, balance_loss(cfg, scores_BTE, counted_BTE, real_BT), experts_BTA)
 
 
@@ -83,13 +84,7 @@ def choose(cfg: Model, scores_BTE: Array, bias_E: Array, given_BTA: Array | None
     their last bits choose differently where two scores are almost equal.
     Returns experts_BTA (int32), chosen_BTE (1 where chosen, float32) and weights_BTA (float32).
     """
-    experts_BTA = jax.lax.top_k(scores_BTE + bias_E, cfg.A)[1]
-    if given_BTA is not None:
-        experts_BTA = jnp.where(given_BTA >= 0, given_BTA.astype(experts_BTA.dtype), experts_BTA)
-    onehot_BTAE = jax.nn.one_hot(experts_BTA, cfg.E)  # a sum, not a gather: no index crosses devices
-    picked_BTA = jnp.sum(onehot_BTAE * scores_BTE[:, :, None, :], axis=-1)
-    weights_BTA = cfg.routed_scale * picked_BTA / (jnp.sum(picked_BTA, axis=-1, keepdims=True) + 1e-20)
-    return experts_BTA, jnp.sum(onehot_BTAE, axis=2), weights_BTA
+    return routing.choose_experts(scores_BTE, bias_E, cfg.A, cfg.routed_scale, given_BTA)
 
 
 def balance_loss(cfg: Model, scores_BTE: Array, counted_BTE: Array, real_BT: Array) -> Array:
@@ -104,7 +99,3 @@ def balance_loss(cfg: Model, scores_BTE: Array, counted_BTE: Array, real_BT: Arr
     f_BE = jnp.sum(counted_BTE * real_BT1, axis=1) * cfg.E / (cfg.A * jnp.maximum(tokens_B1, 1))
     rows = jnp.maximum(jnp.sum(tokens_B1 > 0), 1)
     return jnp.sum(jax.lax.stop_gradient(f_BE) * P_BE) / rows
-
-
-def _chosen(cfg: Model, experts_BTA: Array) -> Array:
-    return jnp.sum(jax.nn.one_hot(experts_BTA, cfg.E), axis=2)

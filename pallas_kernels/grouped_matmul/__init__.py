@@ -14,9 +14,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.choose import choose
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, routed, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
 
 
 def gmm(
@@ -67,16 +67,19 @@ def expert_mlp(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "X D"]:
-    """Each token's weighted sum over its experts of down(silu(gate x) * up x), without ever storing the routed rows.
+    """Each token's weighted sum over its experts of down(silu(gate x) * up x).
 
     An expert outside 0..E-1 adds nothing and gets no gradient: under expert parallelism pass `experts_XA - first`.
-    A token names an expert at most once. Computed in float32 whatever the inputs, and the result has x's dtype.
-    Keeps only its inputs for the backward pass. Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
+    A token names an expert at most once. "xla" computes in float32 whatever the inputs, never stores the routed rows and keeps
+    its inputs only for the backward pass; on an accelerator rows and hidden layer are x's dtype, sums float32, the routed rows
+    are stored while they are needed, and the up-projection's pre-activation is kept. The result has x's dtype.
+    Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
     _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    if choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM) is reference:
+    module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM)
+    if module is reference:
         return reference.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -98,28 +101,26 @@ def _gmm_bwd(module, saved, dy_RM):
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 
-@jax.custom_vjp
-def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA):
-    return xla.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module):
+    return _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module)[0]
 
 
-def _expert_mlp_fwd(*inputs):
-    return xla.expert_mlp(*inputs), inputs
+def _expert_mlp_fwd(*inputs_and_module):
+    *inputs, module = inputs_and_module
+    y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs)
+    return y_XD, (*inputs, hidden)
 
 
-def _expert_mlp_bwd(inputs, dy_XD):
-    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA = inputs
-    dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweights_XA = xla.expert_mlp_grad(
-        x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, dy_XD
-    )
-    return (
-        dx_XD.astype(x_XD.dtype),
-        dgate_EDM.astype(gate_EDM.dtype),
-        dup_EDM.astype(up_EDM.dtype),
-        ddown_EMD.astype(down_EMD.dtype),
-        None,
-        dweights_XA.astype(weights_XA.dtype),
-    )
+def _expert_mlp_bwd(module, saved, dy_XD):
+    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, hidden = saved
+    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+    if module is xla:
+        gradients = xla.expert_mlp_grad(*inputs, dy_XD)
+    else:
+        gradients = routed.expert_mlp_grad(module, *inputs, hidden, dy_XD)
+    *layer, weights = (d.astype(z.dtype) for d, z in zip(gradients, (*inputs[:4], weights_XA), strict=True))
+    return *layer, None, weights  # none for the experts
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)

@@ -39,6 +39,10 @@ GMM = {
     "ones": Gmm(7, 16, 16, (1, 1, 1, 1, 1, 1), TEST),
     "empty": Gmm(40, 16, 16, (0, 0), TEST),
     "one_row": Gmm(1, 8, 8, (0, 1), TEST),
+    "lanes": Gmm(1300, 128, 256, (0, 300, 0, 1, 700, 0), TEST),  # as "ragged", of widths that a TPU takes
+    "lanes_ones": Gmm(7, 128, 128, (1, 1, 1, 1, 1, 1), TEST),
+    "lanes_empty": Gmm(600, 128, 128, (0, 0), TEST),
+    "lanes_one_group": Gmm(1024, 256, 128, (0, 1024, 0), TEST),
     "many_blocks": Gmm(2300, 16, 8, (1100, 37, 1163), TEST),
     "small_model": Gmm(16384, 256, 192, uneven(16384, 16), BENCH),
     "tiny_model": Gmm(8192, 128, 64, uneven(8192, 16), BENCH),
@@ -49,6 +53,7 @@ GMM = {
 MLP = {
     "ragged": Mlp(100, 32, 24, 6, 3, tags=TEST),
     "skewed": Mlp(700, 16, 8, 4, 2, skew=4.0, tags=TEST),
+    "lanes": Mlp(200, 128, 256, 6, 3, skew=3.0, tags=TEST),
     "few_tokens": Mlp(8, 32, 24, 16, 4, tags=TEST),
     "one_token": Mlp(1, 16, 16, 4, 4, tags=TEST),
     "small_model": Mlp(4096, 256, 192, 16, 4, tags=BENCH),

@@ -8,11 +8,14 @@ bfloat16 buffer that a loop writes to would be converted whole, at each step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from pallas_kernels.routing import position_map, row_order
 
 F32 = jnp.float32
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256
@@ -88,32 +91,34 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
 
 
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
-    rows, block = x_RD.shape[0], block_rows(x_RD.shape[0], group_sizes_E.shape[0])
+    """Whole blocks of a group's rows, and one product for what is left: each sum that is written costs as much as many rows."""
+    rows = x_RD.shape[0]
+    whole = min(LARGEST_BLOCK, rows)
+    left_sizes = [*range(SMALLEST_BLOCK, whole, SMALLEST_BLOCK), whole]
+
+    def product(wanted, stop, block: int):
+        """Of the rows wanted..stop, at most `block`."""
+        first = jnp.minimum(wanted, rows - block)
+        row_b1 = first + jnp.arange(block)[:, None]
+        keep_b1 = (row_b1 >= wanted) & (row_b1 < stop)
+        x_bD, y_bM = (jnp.where(keep_b1, _take(z, first, block), 0) for z in (x_RD, y_RM))
+        return _dot(x_bD, y_bM, 0, 0)
 
     def group(_, of_group):
         size, end = of_group
-
-        def body(first, keep_b1, sum_DM):
-            x_bD, y_bM = (jnp.where(keep_b1, _take(z, first, block), 0) for z in (x_RD, y_RM))
-            return sum_DM + _dot(x_bD, y_bM, 0, 0)
-
-        return None, over_blocks(size, end, rows, block, body, _zeros(x_RD, x_RD.shape[1], y_RM.shape[1]))
+        start, blocks = end - size, jnp.maximum(size - 1, 0) // whole
+        left = start + blocks * whole
+        branches = [partial(product, block=block) for block in left_sizes]
+        sum_DM = lax.switch(jnp.maximum(end - left - 1, 0) // SMALLEST_BLOCK, branches, left, end)
+        return None, lax.fori_loop(0, blocks, lambda i, sum_DM: sum_DM + product(start + i * whole, end, whole), sum_DM)
 
     return lax.scan(group, None, (group_sizes_E, jnp.cumsum(group_sizes_E)))[1]
 
 
-def sort_by_expert(experts_R: Array, groups: int) -> tuple[Array, Array]:
-    """`order_R`, which lists the rows expert by expert in their own order and last those of no expert here, and `group_sizes_E`."""
-    rows = experts_R.shape[0]
-    assert rows * (groups + 1) < 2**31, f"{rows} rows times {groups + 1} do not fit the sort's int32 key"
-    expert_R = jnp.where((experts_R >= 0) & (experts_R < groups), experts_R, groups)
-    order_R = jnp.sort(expert_R * rows + jnp.arange(rows)) % rows  # one packed key: four times faster than argsort here
-    return order_R, (expert_R[:, None] == jnp.arange(groups)).sum(0, dtype=jnp.int32)
-
-
 def _in_expert_order(experts_XA: Array, weights_XA: Array, groups: int) -> tuple[Array, Array, Array, Array]:
     """The (token, choice) pairs expert by expert: which pair, its token, its weight in float32; and rows per expert."""
-    order_R, size_E = sort_by_expert(experts_XA.reshape(-1), groups)
+    position_R, size_E = position_map(experts_XA.reshape(-1), groups)
+    order_R = row_order(position_R)
     return order_R, order_R // experts_XA.shape[1], weights_XA.reshape(-1)[order_R].astype(F32), size_E
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
-IMPLEMENTATIONS = list(grouped_matmul.IMPLEMENTATIONS)
+IMPLEMENTATIONS = ["reference", "xla"]  # of any width; "tpu" is simulated here, for the cases named "lanes"
 # Products of unit normals summed over at most 256 terms in float32; bfloat16 rounds the result once, to 8 bits.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 
@@ -51,11 +52,22 @@ def gmm_and_gradients(x, w, sizes, dy, implementation=None):
     return y, *vjp(dy)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("ragged", "bfloat16"), *((name, "float32") for name, case in GMM.items() if "test" in case.tags)],
-)
+def cases(table):
+    """(name, dtype, implementation): every case in float32, and one in bfloat16."""
+    names = [name for name, case in table.items() if "test" in case.tags]
+    of_lanes = [name for name in names if name.startswith("lanes")]
+    any_width = [(name, "float32", one) for one in IMPLEMENTATIONS for name in names if name not in of_lanes]
+    slow = [*((name, "float32", "tpu") for name in of_lanes if name != "lanes_ones"), ("lanes", "bfloat16", "tpu")]
+    quick = [("lanes_ones", "float32", "tpu")] if "lanes_ones" in of_lanes else []
+    return [
+        *any_width,
+        *(("ragged", "bfloat16", one) for one in IMPLEMENTATIONS),
+        *quick,
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in slow),
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype", "implementation"), cases(GMM))
 def test_forward_and_gradients_equal_a_loop_over_groups(name, dtype, implementation):
     inputs = problem(GMM[name], dtype)
     for got, want in zip(gmm_and_gradients(*inputs, implementation), by_group(*inputs), strict=True):
@@ -71,6 +83,27 @@ def test_pieces_of_the_gradient_are_public(implementation):
     sums = grouped_matmul.tgmm(x, dy, sizes, implementation=implementation)
     assert sums.dtype == jnp.float32
     assert_close(sums, dw, "float32")
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=4, max_size=4))
+def test_any_group_sizes_on_a_simulated_tpu(sizes):
+    case = Gmm(R=800, D=128, M=128, sizes=tuple(sizes))  # two tiles
+    inputs = problem(case, seed=sum(sizes))
+    for z, want in zip(gmm_and_gradients(*inputs, "tpu"), by_group(*inputs), strict=True):
+        assert_close(z, want, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"depth_step": 64, "row_step": 32}, {"column_step": 128, "work": 1 << 24}])
+def test_every_way_to_cut_up_a_visit_gives_the_same(changes, monkeypatch):
+    config = tpu.Config(tile=96, **changes)
+    monkeypatch.setattr(tpu, "chip", lambda: tpu.Chip(gmm=config, gmm_t=config, tgmm=config))
+    inputs = problem(Gmm(300, 256, 384, (0, 100, 0, 1, 150, 0)))
+    run = partial(gmm_and_gradients.__wrapped__, implementation="tpu")
+    for z, want in zip(jax.jit(run)(*inputs), by_group(*inputs), strict=True):
+        assert_close(z, want, "float32")
 
 
 @settings(max_examples=10, deadline=None)
@@ -106,13 +139,11 @@ def value_and_gradients(inputs, implementation, wrap=lambda f: f):
     return y, *vjp(dy)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("ragged", "bfloat16"), *((name, "float32") for name, case in MLP.items() if "test" in case.tags)],
-)
-def test_expert_mlp_equals_its_definition(name, dtype):
+@pytest.mark.parametrize(("name", "dtype", "implementation"), [one for one in cases(MLP) if "reference" not in one])
+def test_expert_mlp_equals_its_definition(name, dtype, implementation):
     inputs = routed(MLP[name], dtype=dtype)
-    for got, want in zip(value_and_gradients(inputs, "xla"), value_and_gradients(inputs, "reference"), strict=True):
+    values = (value_and_gradients(inputs, one) for one in (implementation, "reference"))
+    for got, want in zip(*values, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, np.asarray(want, np.float64), dtype)
 
@@ -152,7 +183,7 @@ def test_works_under_checkpoint_and_scan():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"implementation": "gpu"}, "known: reference, xla"),
+        ({"implementation": "triton"}, "known: reference, xla, tpu"),
         ({"w": jnp.zeros((3, 5, 4))}, "do not fit"),
         ({"w": jnp.zeros((3, 8, 4), jnp.bfloat16)}, "cast one"),
         ({"s": jnp.zeros(3)}, "integers"),
@@ -164,6 +195,13 @@ def test_bad_input_names_the_rule(change, words):
         grouped_matmul.gmm(
             jnp.zeros((6, 8)), arguments["w"], arguments["s"], implementation=arguments["implementation"]
         )
+
+
+def test_a_tpu_takes_whole_lanes():
+    with pytest.raises(NotImplementedError, match=r"shapes \(6, 8\) and \(3, 8, 4\): widths must be multiples of 128"):
+        grouped_matmul.gmm(jnp.zeros((6, 8)), jnp.zeros((3, 8, 4)), jnp.zeros(3, jnp.int32), implementation="tpu")
+    with pytest.raises(NotImplementedError, match="float16 is neither"):
+        grouped_matmul.tgmm(*2 * [jnp.zeros((6, 128), jnp.float16)], jnp.zeros(3, jnp.int32), implementation="tpu")
 
 
 def test_expert_mlp_refuses_shapes_that_do_not_fit():

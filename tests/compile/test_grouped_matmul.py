@@ -1,0 +1,45 @@
+"""Grouped matmul compiled for TPUs that are not here, at GLM-4.5's and Air's shapes: no spill where it multiplies, and the
+static schedule near what the matrix units need. Skipped without libtpu."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import analysis, grouped_matmul
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not analysis.can_compile("tpu"), reason="needs the libtpu wheel that jax pins: pip install 'jax[tpu]'"
+    ),
+]
+ROWS, SHAPES = 16384, {"glm45": (5120, 1536, 20), "air": (4096, 1408, 16)}  # D, M, and E of one of eight expert shards
+
+
+def arrays(operation, D, M, E):
+    rows_D, rows_M, w_EDM = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((ROWS, D), (ROWS, M), (E, D, M)))
+    left, right = {"gmm": (rows_D, w_EDM), "gmm_t": (rows_M, w_EDM), "tgmm": (rows_D, rows_M)}[operation]
+    return left, right, jax.ShapeDtypeStruct((E,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("operation", "model", "chip"),
+    [
+        ("gmm", "glm45", "v5p"),
+        ("gmm", "glm45", "v6e"),
+        ("gmm", "air", "v6e"),
+        ("gmm", "glm45", "tpu7x"),
+        ("gmm_t", "air", "v5p"),
+        ("gmm_t", "glm45", "tpu7x"),
+        ("tgmm", "glm45", "v5p"),
+    ],
+)
+def test_the_schedule_is_that_of_the_matrix_units(operation, model, chip):
+    door = partial(getattr(grouped_matmul, operation), implementation=None)  # the mesh in context chooses "tpu"
+    figures = analysis.tpu(door, arrays(operation, *SHAPES[model]), chip)
+    loop = figures.inner_loop
+    assert list(figures.loops) and loop.spills == loop.fills == 0
+    assert loop.over_ideal(figures.chip) <= 1.1
+    assert figures.temporary_bytes < 2**20  # no copy of rows or weights
