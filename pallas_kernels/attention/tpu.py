@@ -270,7 +270,7 @@ def _forward_kernel(
     @pl.when(flag & LAST != 0)
     def _():
         total_i1 = total[...].sum(1, keepdims=True)
-        nothing_iL = top[...] == UNSEEN
+        nothing_iL = (top[...] == UNSEEN) & (total_i1 == total_i1)  # a maximum may pass over NaN, a sum does not
         y_ref[...] = jnp.where(_across(nothing_iL, H), 0, sums[...] / total_i1).astype(y_ref.dtype)
         lse_ref[...] = jnp.where(nothing_iL, jnp.inf, top[...] + jnp.log2(total_i1)).T[:1]
 

@@ -83,9 +83,7 @@ def assert_as_defined(got, want, dtype="float32"):
 
 CASES = {
     "packed": ((1, 300, 300, 2, 1, 128), [130, 1, 1, 100, 50]),
-    "one_document": ((1, 256, 256, 4, 2, 64), [256]),
     "every_token_its_own": ((1, 130, 130, 1, 1, 64), [1] * 130),
-    "padding_only": ((1, 140, 140, 1, 1, 64), []),
     "mha_rows": ((2, 260, 260, 2, 2, 64), [200, 40]),
 }
 
@@ -142,24 +140,22 @@ def test_continuations_of_a_prompt(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoiled", ["q", "k", "v", "dy"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_reaches_only_who_sees_it(spoiled, value, monkeypatch):
+@pytest.mark.parametrize("spoiled", ["qv", "k", "dy"])
+def test_what_is_not_finite_reaches_only_who_sees_it(spoiled, monkeypatch):
     """Token 10 of the second of three documents, and a token of padding."""
-    inputs = dict(zip(("q", "k", "v", "dy"), arrays(1, 150, 150, 2, 1, 64), strict=True))
+    names, values = (["q", "v"] if spoiled == "qv" else [spoiled]), {"q": np.inf}
+    inputs = dict(zip(("q", "k", "v", "dy"), arrays(1, 150, 150, 1, 1, 64), strict=True))
     position, segment = packed(1, [60, 40, 30], 150)
     places = position, position, segment, segment, segment
-    bad = {**inputs, spoiled: inputs[spoiled].at[0, jnp.array([70, 140]), 0, 3].set(value)}
+    bad = inputs | {n: inputs[n].at[0, np.array([70, 140]), 0, 3].set(values.get(n, np.nan)) for n in names}
     with interpreted(monkeypatch):
-        want = value_and_gradients(*inputs.values(), places)
         got = value_and_gradients(*bad.values(), places)
-    others = np.r_[0:60, 100:150]
+    want = by_the_definition(*inputs.values(), places)
+    others, earlier = np.r_[0:60, 100:150], np.r_[60:70]
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_array_equal(a[:, others], b[:, others])
-    y, dq, dk, dv = got
-    if spoiled in ("k", "v"):
-        np.testing.assert_array_equal(y[:, 60:70], want[0][:, 60:70])  # earlier tokens
-    assert not np.isfinite(np.concatenate([z[0, 60:100].ravel() for z in got])).all()
+        np.testing.assert_allclose(a[:, others], b[:, others], atol=TOLERANCE["float32"])
+    np.testing.assert_allclose(got[0][:, earlier], want[0][:, earlier], atol=TOLERANCE["float32"])
+    assert not np.isfinite(np.stack([z[0, 60:100] for z in got])).all()  # it is not hidden from those who see it
 
 
 @pytest.mark.slow
@@ -195,6 +191,7 @@ def test_tiles_hold_everything_visible_and_claim_nothing_else(seed):
     size, T, S, most = 4, 16, 24, rng.integers(1, 5)
     q_at, k_at = rng.integers(0, 6, (2, 3, T)), rng.integers(0, 6, (2, 2, S))
     q_at[:, 1:] = np.sort(rng.integers(0, most + 1, (2, 2, T)), 2)
+    q_at[:, 2] = np.minimum(q_at[:, 1], q_at[:, 2])  # a prefix comes before what continues it
     k_at[:, 1] = np.sort(rng.integers(0, most + 1, (2, S)), 1)
     q_at[:, 0] = np.where(q_at[:, 1] == 0, -tpu.LATEST, q_at[:, 0])
     k_at[:, 0] = np.where(k_at[:, 1] == 0, tpu.LATEST, k_at[:, 0])
