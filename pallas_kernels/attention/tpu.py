@@ -66,7 +66,9 @@ def refusal(operation: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> str 
         return f"q {q_BTNH.shape} has {T} queries in a row, and up to {FEW_QUERIES} a tile would be mostly padding"
     config = _config()
     tiles = B * -(-T // config.queries) * -(-S // config.keys)
-    return f"q {q_BTNH.shape}, k {k_BSKH.shape} make {tiles} tiles, more than {MOST_TILES}" if tiles > MOST_TILES else None
+    return (
+        f"q {q_BTNH.shape}, k {k_BSKH.shape} make {tiles} tiles, more than {MOST_TILES}" if tiles > MOST_TILES else None
+    )
 
 
 def attention(

@@ -27,10 +27,10 @@ def visible_tiles(
     k_at = [_in_blocks(z_BS, keys) for z_BS in k_at_B2S.swapaxes(0, 1)]
     seen_BIJ = _seen(q_at, k_at)
     full_BIJ = seen_BIJ & _full(q_at, k_at)
-    _, I, J = seen_BIJ.shape
-    seen_BIJ |= ~seen_BIJ.any(2, keepdims=True) & (jnp.arange(J) == 0)
+    first_queries_I, first_keys_J = (jnp.arange(n) == 0 for n in seen_BIJ.shape[1:])
+    seen_BIJ |= ~seen_BIJ.any(2, keepdims=True) & first_keys_J
     if keys_first:
-        seen_BIJ |= ~seen_BIJ.any(1, keepdims=True) & (jnp.arange(I)[:, None] == 0)
+        seen_BIJ |= ~seen_BIJ.any(1, keepdims=True) & first_queries_I[:, None]
     prefixed_BI1 = (q_at[2] != q_at[1]).any(2, keepdims=True)
     fresh_BIJ = jnp.cumsum(seen_BIJ, 2) == 1
     flags_BIJ = FULL * full_BIJ + PREFIXED * prefixed_BI1 + FRESH * fresh_BIJ

@@ -43,7 +43,7 @@ def decode_attention(
 def _check(q: Array, k: Array, v: Array, pages: Array, lengths: Array) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[1]:
         raise ValueError(
-            f"decode_attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; they are [B,T,N,H], [P,K,Z,H], [P,K,Z,H] with N a multiple of K"
+            f"decode_attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; they are [B,T,N,H] and twice [P,K,Z,H], N a multiple of K"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(

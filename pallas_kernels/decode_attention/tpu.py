@@ -35,7 +35,9 @@ def refusal(operation: str, q_BTNH: Array, k_PKZH: Array) -> str | None:
     if T * N // K > MOST_ROWS:
         return f"q {q_BTNH.shape} has {T * N // K} rows for each key-value head, more than {MOST_ROWS}: that is prefill"
     if 8 * k_PKZH.nbytes // k_PKZH.shape[0] > VMEM_BYTES:
-        return f"k {k_PKZH.shape} has pages too large for the chip's memory; a cache without pages needs attention's xla"
+        return (
+            f"k {k_PKZH.shape} has pages too large for the chip's memory; a cache without pages needs attention's xla"
+        )
     return None
 
 
@@ -101,9 +103,7 @@ def _kernel(pages, lengths, q_ref, k_ref, v_ref, y_ref, top, total, sums, *, sca
         see_RZ = c * Z + lax.broadcasted_iota(jnp.int32, (rows, Z), 1) <= query_RZ
         real_ZH = c * Z + lax.broadcasted_iota(jnp.int32, (Z, H), 0) < length
         for head in range(K):
-            s_RZ = lax.dot_general(
-                q_ref[head], k_ref[head], (((1,), (1,)), ((), ())), preferred_element_type=F32
-            )
+            s_RZ = lax.dot_general(q_ref[head], k_ref[head], (((1,), (1,)), ((), ())), preferred_element_type=F32)
             s_RZ = jnp.where(see_RZ, s_RZ * scale, UNSEEN)
             old_R1 = top[head, :, :1]
             new_R1 = jnp.maximum(old_R1, s_RZ.max(1, keepdims=True))

@@ -45,7 +45,12 @@ def packed(B, lengths, length):
 def value_and_gradients(q, k, v, dy, places, implementation="tpu"):
     def run(q, k, v):
         return kernels.attention(
-            q, k, v, **dict(zip(NAMES, places, strict=True)), scale=0.7 * q.shape[-1] ** -0.5, implementation=implementation
+            q,
+            k,
+            v,
+            **dict(zip(NAMES, places, strict=True)),
+            scale=0.7 * q.shape[-1] ** -0.5,
+            implementation=implementation,
         )
 
     y, vjp = jax.vjp(run, q, k, v)
@@ -208,7 +213,9 @@ def test_tiles_hold_everything_visible_and_claim_nothing_else(seed):
         output = list(zip(row, j if keys_first else i, strict=True))
         assert output == sorted(output)
         assert (flags & tpu.FIRST != 0).tolist() == [n == 0 or output[n] != output[n - 1] for n in range(len(output))]
-        assert (flags & tpu.LAST != 0).tolist() == [o != after for o, after in zip(output, [*output[1:], None], strict=True)]
+        assert (flags & tpu.LAST != 0).tolist() == [
+            o != after for o, after in zip(output, [*output[1:], None], strict=True)
+        ]
         assert set(output) == set(np.ndindex(2, (S if keys_first else T) // size))
         fresh = flags & tpu.FRESH != 0
         assert {*zip(row[fresh], i[fresh], strict=True)} == set(np.ndindex(2, T // size))
