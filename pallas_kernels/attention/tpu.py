@@ -119,11 +119,11 @@ def _attention_bwd(scale, config, saved, dy_BTNH):
         known_BTN = jnp.isfinite(delta_BTN)  # else NaN in lse speaks for the row: it becomes p, and the mask stops it
         lse_BTN, delta_BTN = jnp.where(known_BTN, lse_BTN, jnp.nan), jnp.where(known_BTN, delta_BTN, 0)
         q_BTNH, dy_BTNH = _finite(q_BTNH), _finite(dy_BTNH)
-        q, k, v, *at = _to_blocks(q_BTNH, k_BSKH, v_BSKH, q_at_B3T, k_at_B2S, config)
+        arrays = _to_blocks(q_BTNH, k_BSKH, v_BSKH, q_at_B3T, k_at_B2S, config)
         fitted = _fitted(config, q_BTNH, k_BSKH)
         dy_BNTH, lse_BNT, delta_BNT = (_padded(z, fitted.queries).swapaxes(1, 2) for z in (dy_BTNH, lse_BTN, delta_BTN))
         rows = lse_BNT[:, :, None], delta_BNT[:, :, None]
-        dk_BKSH, dv_BKSH, dq_BNHT = _backward(q, k, v, *at, dy_BNTH, *rows, scale, fitted)
+        dk_BKSH, dv_BKSH, dq_BNHT = _backward(*arrays, dy_BNTH, *rows, scale, fitted)
         T, S = q_BTNH.shape[1], k_BSKH.shape[1]
         dq_BTNH = (dq_BNHT * scale).astype(q_BTNH.dtype).transpose(0, 3, 1, 2)[:, :T]
         return dq_BTNH, *(z.swapaxes(1, 2)[:, :S] for z in (dk_BKSH, dv_BKSH))
