@@ -27,6 +27,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import reference
+from pallas_kernels.attention.tpu_sums import sum_in_memory
 from pallas_kernels.attention.tpu_tiles import FIRST, FRESH, FULL, LAST, PREFIXED, visible_tiles
 
 F32 = jnp.float32
@@ -337,40 +338,6 @@ def _forward(q_BNTH, k_BKSH, v_BKSH, q_at_B3T, k_at_B2S, scale, config):
     return run(*tiles, q_BNTH, k_BKSH, v_BKSH, q_at_B3T, k_at_B2S)
 
 
-def _sum_in_memory(place, fresh, same, sums_ref, arrived, left) -> tuple:
-    """What stands before and after a step that adds to `sums_ref[slot]`, a block in memory that other steps add to as well.
-
-    Two slots: while a step computes, the block of the next one arrives and that of the last one leaves. `place(step)` is
-    the block, `fresh(step)` whether it holds nothing yet, `same(a, b)` whether two steps have the same.
-    """
-    step, count = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2), pl.num_programs(1) * pl.num_programs(2)
-    before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, count - 1)
-    slot = step % 2
-
-    def fetch(step):
-        return pltpu.make_async_copy(place(step), sums_ref.at[step % 2], arrived.at[step % 2])
-
-    def write(step):
-        return pltpu.make_async_copy(sums_ref.at[step % 2], place(step), left.at[step % 2])
-
-    def begin():
-        pl.when(step > 0)(lambda: write(before).wait())
-        not_asked = (step == 0) | same(before, step)
-        pl.when(~fresh(step) & not_asked)(lambda: fetch(step).start())
-        pl.when(~fresh(step))(lambda: fetch(step).wait())
-        pl.when((step < count - 1) & ~fresh(after) & ~same(step, after))(lambda: fetch(after).start())
-
-        @pl.when(fresh(step))
-        def _():
-            sums_ref[slot] = jnp.zeros_like(sums_ref[slot])
-
-    def end():
-        write(step).start()
-        pl.when(step == count - 1)(lambda: write(step).wait())
-
-    return slot, begin, end
-
-
 def _backward_kernel(
     row, i, j, flags, q_ref, dy_ref, k_ref, k_T_ref, v_ref, lse_ref, delta_ref, q_at_ref, k_at_ref,
     dk_ref, dv_ref, dq_BNHT, dk, dv, ds, k_at, dq, arrived, left, *, scale, config,
@@ -387,7 +354,7 @@ def _backward_kernel(
         ta, tb = a // group, b // group
         return (row[ta] == row[tb]) & (i[ta] == i[tb]) & (a % group == b % group)
 
-    slot, begin, end = _sum_in_memory(place, lambda s: flags[s // group] & FRESH != 0, same, dq, arrived, left)
+    slot, begin, end = sum_in_memory(place, lambda s: flags[s // group] & FRESH != 0, same, dq, arrived, left)
     begin()
 
     @pl.when((flag & FIRST != 0) & (g == 0))
