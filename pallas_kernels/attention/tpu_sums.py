@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 
 def sum_in_memory(place, fresh, same, sums_ref, arrived, left) -> tuple[Array, Callable[[], None], Callable[[], None]]:
-    """A step's slot, and what stands before and after it where it adds to `sums_ref[slot]`, a block in memory that other steps add to as well.
+    """A step's slot, and what to do before and after it adds to `sums_ref[slot]`: a block that other steps add to as well.
 
     Two slots: while a step computes, the block of the next one arrives and that of the last one leaves. `place(step)` is
     the block, `fresh(step)` whether it holds nothing yet, `same(a, b)` whether two steps have the same.
