@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, tpu, xla
 from pallas_kernels.choose import choose
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
 
 
 def attention(

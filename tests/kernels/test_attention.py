@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention.cases import CASES, Case
 
-IMPLEMENTATIONS = list(kernels.IMPLEMENTATIONS)
+IMPLEMENTATIONS = ["reference", "xla"]  # an accelerator's has larger shapes, an interpreter and a file of its own
 # Means of unit normals in float32; bfloat16 rounds probabilities and the result to 8 bits.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 
