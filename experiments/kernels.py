@@ -47,7 +47,7 @@ class Args:
     against: Literal["stock"] | None = None
     """Others' kernels beside ours."""
     out: Path | None = None
-    """Write the figures here, as JSON."""
+    """Write the figures here, as JSON; what the file has of other operations and cases stays."""
     repetitions: int = 21
     """Measurements of each side."""
     timeout: float = 240
@@ -64,15 +64,22 @@ def main(args: Args) -> None:
     if args.device not in DEVICES:
         raise ConfigError(f"--device {args.device!r} is unknown; {nearest(args.device, list(DEVICES))}")
     _check_device(args.device)
-    record: dict[str, Any] = {"device": args.device, "against": args.against, "machine": _machine(), "rows": []}
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    if args.out and args.out.exists():
+        known = {_key(row): row for row in json.loads(args.out.read_text())["rows"]}
     print(_line("operation", "case", "whose", "status", "figures"))
     for bench in _benches(args):
         for row in _rows(args, bench):
-            record["rows"].append(row)
-            figures = "  ".join(f"{name} {value}" for name, value in row["figures"].items())
+            known[_key(row)] = row
+            figures = "  ".join(_cell({name: value}) for name, value in row["figures"].items())
             print(_line(row["operation"], row["case"], row["whose"], row["status"], figures), flush=True)
-            if args.out:
-                args.out.write_text(json.dumps(record, indent=1) + "\n")  # whoever interrupts keeps what is done
+            if args.out:  # row by row: whoever interrupts keeps what is done
+                record = {"device": args.device, "machine": _machine(), "rows": list(known.values())}
+                args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["operation"], row["case"], row["whose"]
 
 
 def _check_device(device: str) -> None:

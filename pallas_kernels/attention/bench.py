@@ -6,6 +6,7 @@ backward (five products where forward has two).
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *places: Array) -> Array
     segments_BT = splash_attention_kernel.SegmentIds(q=places[2], kv=places[3])
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    y_BKGTH = jax.vmap(heads)(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
+    y_BKGTH: Any = jax.vmap(heads)(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -38,14 +38,14 @@ def ragged_dot_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
 
 
 def _megablox():
-    """jax's gmm and tgmm for TPU; anywhere else they would be interpreted."""
-    from jax.experimental.pallas.ops.tpu.megablox import gmm as megablox
+    """jax's (gmm, tgmm) for TPU; anywhere else they would be interpreted."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     from pallas_kernels.choose import platform
 
     if platform() != "tpu":
         raise NotImplementedError("megablox is for TPU")
-    return megablox
+    return gmm, tgmm
 
 
 MEGABLOX_TILES = (512, 1024, 1024)  # rows, contracted, columns
@@ -58,18 +58,21 @@ def _tiles(D: int, M: int) -> tuple[int, int, int]:
 
 def megablox_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
     tiles = _tiles(w_EDM.shape[1], w_EDM.shape[2])
-    return _megablox().gmm(x_RD, w_EDM, group_sizes_E, preferred_element_type=x_RD.dtype, tiling=tiles)
+    gmm, _ = _megablox()
+    return gmm(x_RD, w_EDM, group_sizes_E, preferred_element_type=x_RD.dtype, tiling=tiles)
 
 
 def megablox_gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
     rows, columns, inner = _tiles(w_EDM.shape[1], w_EDM.shape[2])
     options = {"preferred_element_type": x_RM.dtype, "tiling": (rows, inner, columns), "transpose_rhs": True}
-    return _megablox().gmm(x_RM, w_EDM, group_sizes_E, **options)
+    gmm, _ = _megablox()
+    return gmm(x_RM, w_EDM, group_sizes_E, **options)
 
 
 def megablox_tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
     tiles = _tiles(x_RD.shape[1], y_RM.shape[1])
-    return _megablox().tgmm(x_RD.T, y_RM, group_sizes_E, preferred_element_type=jnp.float32, tiling=tiles)
+    _, tgmm = _megablox()
+    return tgmm(x_RD.T, y_RM, group_sizes_E, preferred_element_type=jnp.float32, tiling=tiles)
 
 
 def tokamax_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
