@@ -197,6 +197,7 @@ def readme(paths: Sequence[Path]) -> str:
         "`python -m experiments.kernels --device DEVICE --against stock --out FILE`. Compiled rows were never run: `bound_ms` is",
         "the chip's roofline of the useful operations, `over_ideal` the bundles of the inner loop over the cycles of its matmuls",
         "(up to 1 the matrix units are the bound), `spills` vector registers written to memory in an iteration of it.",
+        "`operations_over_useful` counts the body of an XLA loop once (cross-entropy's chunks), and a kernel by its cost estimate.",
     ]
     for path in paths:
         record = json.loads(path.read_text())
@@ -215,7 +216,7 @@ def _cell(figures: dict[str, Any]) -> str:
         for name, value in figures.items()
         if isinstance(value, dict)
     ]
-    return "; ".join([", ".join(plain), *nested]) if plain or nested else ""
+    return "; ".join(filter(None, [", ".join(plain), *nested]))
 
 
 def _told(error: Exception) -> str:
