@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 H100_SMS = 132  # also H200
 SHARED_BYTES = 232_448  # of one block
 SWIZZLE_BYTES = 128
-LOADER_REGISTERS = 40
-CONSUMER_REGISTERS = 232  # of two consumers; with the loader's these are the whole register file
+LOADER_REGISTERS = 32
+CONSUMER_REGISTERS = 240  # of two consumers; with the loader's these are the whole register file
 
 
 def multiprocessors() -> int:
@@ -47,3 +47,18 @@ def kernel(
     scoped.__name__ = name  # of the machine code
     parameters = plgpu.CompilerParams(approx_math=True)
     return pl.kernel(scoped, results, mesh=mesh, name=name, cost_estimate=cost, compiler_params=parameters)
+
+
+def slot(step: Array, stages: int) -> Array:
+    """Which of `stages` buffers is the one of a step that is not negative: without what `%` does for one that is."""
+    return lax.rem(step, jnp.int32(stages))
+
+
+def drain(empty: tuple, steps: Array, stages: int) -> None:
+    """The loader waits until the consumers are done with what it loaded last, so that barriers end as they began."""
+
+    def wait(step, _):
+        for barriers in empty:
+            plgpu.barrier_wait(barriers.at[slot(step, stages)])
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)

@@ -134,7 +134,7 @@ def _grouped_kernel(
         t, column, terms = tile(i)
 
         def term(d, step):
-            slot = step % config.stages
+            slot = hopper.slot(step, config.stages)
             pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
             depth, across = pl.ds(d * config.depth, config.depth), pl.ds(column * config.columns, config.columns)
             w_at = (across, depth) if transposed else (depth, across)
@@ -151,18 +151,18 @@ def _grouped_kernel(
 
         def sums(sum_ij):
             def term(d, step):
-                slot = step % config.stages
+                slot = hopper.slot(step, config.stages)
                 plgpu.barrier_wait(full.at[slot])
                 w_dj = plgpu.transpose_ref(w_smem.at[slot], (1, 0)) if transposed else w_smem.at[slot]
                 plgpu.wgmma(sum_ij, x_smem.at[slot, warpgroup], w_dj)
                 plgpu.wgmma_wait(1)  # the product before this one is done with its slot
-                pl.when(d > 0)(lambda: plgpu.barrier_arrive(empty.at[(step - 1) % config.stages]))
+                pl.when(d > 0)(lambda: plgpu.barrier_arrive(empty.at[hopper.slot(step - 1, config.stages)]))
                 return step + 1
 
             return lax.fori_loop(0, terms, term, step), sum_ij[...]
 
         step, sum_ij = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((config.half, config.columns)))
-        pl.when(terms > 0)(lambda: plgpu.barrier_arrive(empty.at[(step - 1) % config.stages]))
+        pl.when(terms > 0)(lambda: plgpu.barrier_arrive(empty.at[hopper.slot(step - 1, config.stages)]))
         first, rows = first_T[t] + warpgroup * config.half, rows_T[t] - warpgroup * config.half
         to = y_RM, first, column * config.columns
 
@@ -179,7 +179,7 @@ def _grouped_kernel(
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
-        _drain(empty, lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
+        hopper.drain((empty,), lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -231,7 +231,7 @@ def _tgmm_kernel(
         e, row, column, terms = tile(i)
 
         def term(d, step):
-            slot = step % config.stages
+            slot = hopper.slot(step, config.stages)
             pl.when(step >= config.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
             rows = pl.ds(start_E[e] + d * depth, depth)
             plgpu.copy_gmem_to_smem(y_RM.at[rows, pl.ds(column, config.columns)], y_smem.at[slot], full.at[slot])
@@ -247,7 +247,7 @@ def _tgmm_kernel(
 
         def sums(sum_ij):
             def term(d, step):
-                slot = step % config.stages
+                slot = hopper.slot(step, config.stages)
                 plgpu.barrier_wait(full.at[slot])
                 left = end_E[e] - start_E[e] - d * depth
 
@@ -261,20 +261,20 @@ def _tgmm_kernel(
 
                 plgpu.wgmma(sum_ij, plgpu.transpose_ref(x_smem.at[slot, warpgroup], (1, 0)), y_smem.at[slot])
                 plgpu.wgmma_wait(1)
-                pl.when(d > 0)(lambda: plgpu.barrier_arrive(empty.at[(step - 1) % config.stages]))
+                pl.when(d > 0)(lambda: plgpu.barrier_arrive(empty.at[hopper.slot(step - 1, config.stages)]))
                 return step + 1
 
             return lax.fori_loop(0, terms, term, step), sum_ij[...]
 
         step, sum_ij = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((half, config.columns)))
-        pl.when(terms > 0)(lambda: plgpu.barrier_arrive(empty.at[(step - 1) % config.stages]))
+        pl.when(terms > 0)(lambda: plgpu.barrier_arrive(empty.at[hopper.slot(step - 1, config.stages)]))
         _store(sum_ij, dw_EDM.at[e], row + warpgroup * half, column, dw_smem.at[warpgroup])
         return step
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
-        _drain(empty, lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
+        hopper.drain((empty,), lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -290,15 +290,6 @@ def _keep_rows(tile_smem, rows: Array) -> None:
     for piece in range(width // CHUNK):
         part = tile_smem.at[:, piece * CHUNK : (piece + 1) * CHUNK]
         part[...] = jnp.where(row_ij < rows, part[...], jnp.zeros((), tile_smem.dtype))
-
-
-def _drain(empty, steps: Array, stages: int) -> None:
-    """Waits until the consumers are done with what was loaded last."""
-
-    def wait(step, _):
-        plgpu.barrier_wait(empty.at[step % stages])
-
-    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)
 
 
 def _store(sum_ij: Array, y_RM, first: Array, column: Array, y_smem) -> None:

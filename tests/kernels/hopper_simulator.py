@@ -1,11 +1,13 @@
 """jax's simulator of Hopper kernels with what ours need beside it: wgmma of transposed tiles and of factors in registers.
 
-The simulator multiplies at once and without looking for races. Here a product happens as late as the hardware may do it, at
-the same warpgroup's next product or when its sums are read, and its tiles are read like any shared memory: to hand a tile
-back to the loader too early is a race, and gives wrong sums. Floating-point memory begins as NaN, integers as their largest.
+The simulator multiplies at once and without looking for races. Here tiles are read like any shared memory, and a product
+happens `late`, at the same warpgroup's next product or when its sums are read, as it may on the chip: to hand a tile back
+to the loader too early is a race, and gives wrong sums. The simulator does not tell when a kernel waits for its products
+without reading them; one that does is not `late`. Floating-point memory begins as NaN, integers as their largest.
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ pending = {}
 
 
 @contextmanager
-def hopper(multiprocessors: int = 2):
+def hopper(multiprocessors: int = 2, late: bool = True):
     """Kernels traced herein run in the simulator, for a Hopper of so few multiprocessors. Raises AssertionError for a race."""
     watched = []  # one for each kernel
 
@@ -31,7 +33,11 @@ def hopper(multiprocessors: int = 2):
         watched.append(RaceDetectionState(**sizes))
         return watched[-1]
 
-    patched = {"wgmma": _multiply, "wgmma_accumulator_deref": _read_sums, "RaceDetectionState": watch}
+    patched = {
+        "wgmma": partial(_multiply, late=late),
+        "wgmma_accumulator_deref": _read_sums,
+        "RaceDetectionState": watch,
+    }
     kept = {name: getattr(gpu_callbacks, name) for name in patched}
     device = AbstractDevice("NVIDIA H100 80GB HBM3", multiprocessors, "gpu")
     params = InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized")
@@ -52,7 +58,7 @@ def hopper(multiprocessors: int = 2):
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def _multiply(*, token, device_id, grid_point_coords, thread_id, acc_dtype, source_info=None, **operands):
+def _multiply(*, late, token, device_id, grid_point_coords, thread_id, acc_dtype, source_info=None, **operands):
     thread = int(thread_id)
     _finish(thread)
 
@@ -81,6 +87,8 @@ def _multiply(*, token, device_id, grid_point_coords, thread_id, acc_dtype, sour
         memory.store_buffer_content(key, (), sums + a.astype(acc_dtype) @ b.astype(acc_dtype), me)
 
     pending[thread] = product
+    if not late:
+        _finish(thread)
     return token
 
 
