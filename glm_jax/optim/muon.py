@@ -23,6 +23,7 @@ from jax import Array
 from glm_jax import mesh
 from glm_jax.config import DType
 from glm_jax.spec import Spec
+from pallas_kernels import newton_schulz as kernels
 
 PUBLISHED = (3.4445, -4.7750, 2.0315)  # steep at 0: lifts small singular values, and converges to none
 CONVERGENT = (15 / 8, -10 / 8, 3 / 8)  # flat at 1: what is near comes nearer, by the cube of its distance
@@ -108,25 +109,5 @@ def _unit(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _iterate(x_BPQ: Array, steps: int, polish: int) -> Array:
-    """`steps` of the published quintic, then `polish` of the convergent one, on the side where x x^T is smaller."""
-    tall = x_BPQ.shape[-2] > x_BPQ.shape[-1]
-    x_BPQ = jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
-    for coefficients, count in ((PUBLISHED, steps), (CONVERGENT, polish)):
-        if count:
-            x_BPQ = jax.lax.fori_loop(0, count, lambda _, x, c=coefficients: _quintic(x, *c), x_BPQ)
-    return jnp.swapaxes(x_BPQ, -1, -2) if tall else x_BPQ
-
-
-def _quintic(x_BPQ: Array, a: float, b: float, c: float) -> Array:
-    """a x + (b A + c A A) x with A = x x^T: each singular value s becomes a s + b s^3 + c s^5."""
-    dtype = x_BPQ.dtype
-    gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
-    low_BPP = gram_BPP.astype(dtype)
-    poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
-    return (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
-
-
-def _product(subscripts: str, x: Array, y: Array) -> Array:
-    # float32 means float32 on hardware whose default would round the inputs
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    """`steps` of the published quintic, then `polish` of the convergent one."""
+    return kernels.newton_schulz(x_BPQ, (PUBLISHED,) * steps + (CONVERGENT,) * polish)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention, grouped_matmul
+from pallas_kernels import attention, cross_entropy, grouped_matmul
 
 
 @pytest.mark.slow
@@ -73,6 +73,45 @@ def check_expert_mlp(mesh):
     assert_all_close(got, want)
 
 
+def check_cross_entropy(mesh):
+    """Tokens over one axis and the vocabulary over another: x's gradient is the sum over the vocabulary's shards."""
+    X, D, V = 24, 8, 40
+    rng = np.random.default_rng(2)
+    x, w = (jnp.asarray(rng.normal(size=s), "float32") for s in ((X, D), (D, V)))
+    targets, weights = jnp.asarray(rng.integers(0, V, X), jnp.int32), jnp.asarray(rng.random(X), "float32")
+    temperature = jnp.asarray(0.5 + rng.random(X), "float32")
+
+    def scored(x, w, targets, weights, temperature, **options):
+        return cross_entropy.linear_softmax(
+            cross_entropy.negative_log_likelihood, x, w, targets, weights, temperature_X=temperature, **options
+        )
+
+    tokens = P("data")
+
+    @jax.shard_map(in_specs=(tokens, P(None, "expert"), tokens, tokens, tokens), out_specs=(P(), tokens, tokens))
+    def local(x, w, *rows):
+        x, *rows = lax.pcast((x, *rows), "expert", to="varying")
+        score = scored(x, lax.pcast(w, "data", to="varying"), *rows, vocabulary_axis="expert")
+        return lax.psum(score.loss, "data"), score.log_prob_X, score.lse_X
+
+    def whole(*inputs):
+        return tuple(scored(*inputs, implementation="reference"))
+
+    def outcome(f):
+        def run(x, w, *rows):
+            (loss, *rest), gradients = jax.value_and_grad(lambda *a: ((z := f(*a, *rows))[0], z), (0, 1), has_aux=True)(
+                x, w
+            )
+            return loss, *rest[0], *gradients
+
+        return run
+
+    layouts = tokens, P(None, "expert"), tokens, tokens, tokens
+    arrays = x, w, targets, weights, temperature
+    got = jax.jit(outcome(local))(*[place(mesh, *z) for z in zip(arrays, layouts, strict=True)])
+    assert_all_close(got, jax.jit(outcome(whole))(*arrays))
+
+
 def check_gmm(mesh):
     """Rows over all devices and one set of weights: its gradient is the sum over devices."""
     rng = np.random.default_rng(1)
@@ -122,5 +161,6 @@ if __name__ == "__main__":
     with jax.set_mesh(eight):
         check_expert_mlp(eight)
         check_gmm(eight)
+        check_cross_entropy(eight)
         check_attention(eight, T=1)
         check_attention(eight, T=30)
