@@ -60,7 +60,7 @@ def refusal(operation: str, x: Array, other: Array) -> str | None:
 
 def heuristic(columns: int) -> Config:
     """The widest tile that divides the result; a narrow one is taller. A consumer has registers for 128 x 128 sums."""
-    return Config(rows=128, columns=256) if columns % 256 == 0 else Config(rows=256, columns=128)
+    return Config(rows=128, columns=256) if columns % 256 == 0 else Config(rows=256, columns=128, stages=3)
 
 
 def heuristic_of_weights(D: int, M: int) -> Config:
@@ -82,6 +82,15 @@ def tile_table(group_sizes_E: Array, rows: int, tile: int) -> tuple[Array, Array
     return group_T, first_T, jnp.where(small_T, size_E[group_T], tile), last_E[-1:]
 
 
+def _check_divides(config: Config, **sizes: int) -> None:
+    for name, size in sizes.items():
+        tile = getattr(config, name)
+        if size % tile:
+            raise NotImplementedError(
+                f"{config}: {name}={tile} does not divide {size}; leave the config out, or use a divisor"
+            )
+
+
 def gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array, config: Config | None = None) -> Array:
     config = config or heuristic(w_EDM.shape[2])
     return _grouped(x_RD, w_EDM, group_sizes_E, config, transposed=False)
@@ -95,6 +104,7 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array, config: Config | None
 def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, config: Config, transposed: bool) -> Array:
     """x times its groups' matrices, which lie as [E, D, M], or transposed: then they lie as [E, M, D]."""
     (R, D), M = x_RD.shape, w_EDM.shape[1 if transposed else 2]
+    _check_divides(config, columns=M, depth=D)
     table = tile_table(group_sizes_E, R, config.rows)
     sms = hopper.multiprocessors()
     w_tile = (config.columns, config.depth) if transposed else (config.depth, config.columns)
@@ -191,6 +201,7 @@ def _grouped_kernel(
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, config: Config | None = None) -> Array:
     (R, D), M, E = x_RD.shape, y_RM.shape[1], group_sizes_E.shape[0]
     config = config or heuristic_of_weights(D, M)
+    _check_divides(config, rows=D, columns=M)
     end_E = jnp.cumsum(group_sizes_E.astype(jnp.int32))
     sms = hopper.multiprocessors()
     kernel = hopper.kernel(

@@ -43,9 +43,8 @@ def test_attention_equals_a_loop_over_queries(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "hopper" in case.tags])
-def test_gradients_of_attention_equal_the_definition(name):
-    inputs = attending.problem(CASES[name], "bfloat16")
+def test_gradients_of_attention_equal_the_definition():
+    inputs = attending.problem(CASES["hopper_packed_padded"], "bfloat16")
     with hopper(late=False):
         results = attending.value_and_gradients.__wrapped__(*inputs, "gpu")
     want = attending.value_and_gradients(*(z.astype("float32") for z in inputs[:3]), *inputs[3:], "reference")
@@ -97,6 +96,8 @@ def test_what_the_hopper_kernels_do_not_take_is_said_with_shapes():
     x, w, sizes, _ = grouped.problem(Gmm(8, 128, 128, (8,)))
     with pytest.raises(NotImplementedError, match="float32 must be bfloat16"):
         grouped_matmul.gmm(x, w, sizes, implementation="gpu")
+    with pytest.raises(NotImplementedError, match="columns=256 does not divide 128"):
+        gpu.gmm(x.astype("bfloat16"), w.astype("bfloat16"), sizes, gpu.Config())
     q, k, v, *at = attending.problem(Case(1, 64, 64, 2, 1, 96), "bfloat16")
     with pytest.raises(NotImplementedError, match="heads must be 64 or 128 wide"):
         attending.forward(q, k, v, *at, "gpu")
