@@ -57,11 +57,18 @@ def normal(dtype: Any, *shapes: tuple[int, ...], seed: int = 0) -> tuple[Array, 
     return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
 
 
-def seconds_in_turns(sides: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each side, after one call that compiles. Sides take turns: a busy machine slows all of them."""
+def seconds_in_turns(
+    sides: Mapping[str, Callable[[], Any]], repetitions: int, between: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Median seconds of each side, after one call that warms up. Sides take turns: a busy machine slows all of them.
+
+    `between` runs before each measurement: what empties a cache.
+    """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions + 1):
         for name, call in sides.items():
+            if between is not None:
+                jax.block_until_ready(between())
             start = time.perf_counter()
             jax.block_until_ready(call())
             taken[name].append(time.perf_counter() - start)

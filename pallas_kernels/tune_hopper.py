@@ -83,7 +83,7 @@ def error(got: Any, want: Any) -> float:
     return worst if np.isfinite(worst) else float("inf")
 
 
-def cases() -> Iterator[tuple[str, str, Callable, Any, tuple, tuple, Callable, float]]:
+def cases() -> Iterator[tuple[str, str, Callable, Callable, tuple, Callable, Callable, float]]:
     """Operation, case, function of inputs and config, configs, inputs to check and to time, the definition, operations."""
     for name, (function, definition, operands) in GROUPED.items():
         check = grouped_inputs(operands, 2000, 512, 768, (0, 700, 3, 0, 129, 1000))

@@ -1,4 +1,5 @@
-"""Named shapes: the one list that tests and benches use. Tags: `test` small enough for the suite, `bench` worth timing."""
+"""Named shapes: the one list that tests and benches use. Tags: `test` small enough for the suite, `bench` worth timing
+on a CPU, `chip` the published models' on an accelerator."""
 
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ class Case:
     tags: frozenset[str] = frozenset()
 
 
-TEST, BENCH = frozenset({"test"}), frozenset({"bench"})
+TEST, BENCH, CHIP = frozenset({"test"}), frozenset({"bench"}), frozenset({"chip"})
 HOPPER = frozenset({"hopper"})  # small enough for the simulator, heads as wide as its kernels take
 
 CASES = {
@@ -32,4 +33,7 @@ CASES = {
     "tiny_model": Case(16, 256, 256, 4, 2, 32, tags=BENCH),
     "packed_4k": Case(1, 4096, 4096, 8, 2, 64, documents=8, tags=BENCH),
     "small_decode": Case(8, 1, 192, 8, 2, 64, tags=BENCH),
+    "glm45_8k": Case(1, 8192, 8192, 96, 8, 128, tags=CHIP),
+    "glm45_packed_8k": Case(1, 8192, 8192, 96, 8, 128, documents=4, tags=CHIP),
+    "glm45_128k": Case(1, 131072, 131072, 96, 8, 128, tags=CHIP),
 }

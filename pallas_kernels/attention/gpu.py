@@ -20,12 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import reference
+from pallas_kernels.attention.blocks import NEVER, block_lists
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 CONSUMERS = 2
 ROWS = 64  # of a consumer
 TILE = CONSUMERS * ROWS
-NEVER = jnp.iinfo(jnp.int32).max
 LOWEST = -1e30  # a maximum to begin with from which minus infinity can be subtracted
 LOG2_E = math.log2(math.e)
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -72,7 +72,8 @@ def attention(
     q_at_BPT = q_at_BPT.at[:, 0].set(jnp.where(sees_nothing_BT, -NEVER, q_at_BPT[:, 0]))
     k_at_BPS = _pad(jnp.stack([k_positions_BS, k_segments_BS], 1).astype(jnp.int32), 2)
     q_BTNH, k_BSKH, v_BSKH = (_pad(z, 1) for z in (q_BTNH, k_BSKH, v_BSKH))
-    return _attention(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config)[:, :T]
+    y_BTNH: Array = _attention(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config)
+    return y_BTNH[:, :T]
 
 
 def _pad(z: Array, dim: int) -> Array:
@@ -82,7 +83,7 @@ def _pad(z: Array, dim: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config):
+def _attention(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config) -> Array:
     return _forward(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config)[0]
 
 
@@ -99,30 +100,6 @@ def _attention_bwd(scale, config, saved, dy_BTNH):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def block_lists(q_at_BPT: Array, k_at_BPS: Array, q_block: int, k_block: int, of_keys: bool) -> tuple[Array, Array]:
-    """Of each block of queries the blocks of keys that it visits, or of each of keys those of queries: [B, I, P] indices,
-    and [B, I, 2] how many of them need no mask, which come first, and how many there are in all."""
-    q_position, q_segment, q_prefix = (q_at_BPT[:, p].reshape(len(q_at_BPT), -1, 1, q_block) for p in range(3))
-    k_position, k_segment = (k_at_BPS[:, p].reshape(len(k_at_BPS), 1, -1, k_block) for p in range(2))
-
-    def lowest(z, segment):
-        return jnp.where(segment == 0, NEVER, z).min(-1)
-
-    def highest(z, segment):
-        return jnp.where(segment == 0, -NEVER, z).max(-1)
-
-    some_BIJ = lowest(k_position, k_segment) <= highest(q_position, q_segment)
-    some_BIJ &= lowest(k_segment, k_segment) <= highest(q_segment, q_segment)
-    some_BIJ &= lowest(jnp.minimum(q_segment, q_prefix), q_segment) <= highest(k_segment, k_segment)
-    one = (k_segment.min(-1) == q_segment.max(-1)) & (k_segment.max(-1) == q_segment.min(-1))
-    all_BIJ = some_BIJ & one & (k_position.max(-1) <= q_position.min(-1))
-    if of_keys:
-        some_BIJ, all_BIJ = some_BIJ.swapaxes(1, 2), all_BIJ.swapaxes(1, 2)
-    P = some_BIJ.shape[2]
-    order_BIP = jnp.sort(jnp.arange(P, dtype=jnp.int32) + P * jnp.where(all_BIJ, 0, jnp.where(some_BIJ, 1, 2)), -1)
-    return order_BIP % P, jnp.stack([all_BIJ.sum(-1, dtype=jnp.int32), some_BIJ.sum(-1, dtype=jnp.int32)], -1)
 
 
 def _cost(q_BTNH: Array, k_BSKH: Array, products: int, arrays: int) -> pl.CostEstimate:

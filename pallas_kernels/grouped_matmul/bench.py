@@ -1,14 +1,10 @@
-"""Grouped matmul against XLA's dense product of the same operations: `python -m pallas_kernels.grouped_matmul.bench --help`.
+"""Grouped matmul against XLA's dense product of the same operations, `lax.ragged_dot`, megablox and tokamax.
 
-Both sides take turns in one process, so a busy machine slows both, and the ratio is that of their medians. The dense side
-multiplies the same rows by one matrix; for `expert_mlp` it is one expert's network over all routed rows, forward and backward.
+The dense side multiplies the same rows by one matrix: no grouped product does better.
 """
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,90 +12,175 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels.bench import Bench, normal
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
 
-def seconds_in_turns(sides: dict[str, tuple[Callable, tuple]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each side, after one call that compiles."""
-    compiled = {name: (jax.jit(f), inputs) for name, (f, inputs) in sides.items()}
-    taken = {name: [] for name in sides}
-    for _ in range(repetitions + 1):
-        for name, (f, inputs) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(f(*inputs))
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+def dense_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    return x_RD @ w_EDM[0]
 
 
-def _normal(rng: np.random.Generator, dtype: str, *shapes: tuple[int, ...]) -> list[Array]:
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+def dense_gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    return x_RM @ w_EDM[0].T
 
 
-def gmm_sides(case: Gmm, dtype: str, implementation: str | None) -> dict[str, dict]:
-    """Per operation its two sides."""
-    rng = np.random.default_rng(0)
-    x, w, y = _normal(rng, dtype, (case.R, case.D), (len(case.sizes), case.D, case.M), (case.R, case.M))
-    sizes = jnp.asarray(case.sizes, jnp.int32)
-
-    def ours(f):
-        return lambda a, b: f(a, b, sizes, implementation=implementation)
-
-    return {
-        "gmm": {"ours": (ours(grouped_matmul.gmm), (x, w)), "dense": (lambda x, w: x @ w, (x, w[0]))},
-        "gmm_t": {"ours": (ours(grouped_matmul.gmm_t), (y, w)), "dense": (lambda y, w: y @ w.T, (y, w[0]))},
-        "tgmm": {"ours": (ours(grouped_matmul.tgmm), (x, y)), "dense": (lambda x, y: x.T @ y, (x, y))},
-    }
+def dense_tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
+    return jnp.einsum("rd,rm->dm", x_RD, y_RM, preferred_element_type=jnp.float32)
 
 
-def mlp_sides(case: Mlp, dtype: str, implementation: str | None) -> dict[str, dict]:
-    """Forward, and forward with backward, of a routed layer and of one expert over as many rows."""
-    rng = np.random.default_rng(0)
-    x, gate, up, down = _normal(
-        rng, dtype, (case.X, case.D), (case.E, case.D, case.M), (case.E, case.D, case.M), (case.E, case.M, case.D)
+def ragged_dot(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    return jax.lax.ragged_dot(x_RD, w_EDM, group_sizes_E)
+
+
+def ragged_dot_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    return jax.lax.ragged_dot(x_RM, w_EDM.swapaxes(1, 2), group_sizes_E)
+
+
+def _megablox():
+    """jax's (gmm, tgmm) for TPU; anywhere else they would be interpreted."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+    from pallas_kernels.choose import platform
+
+    if platform() != "tpu":
+        raise NotImplementedError("megablox is for TPU")
+    return gmm, tgmm
+
+
+MEGABLOX_TILES = (512, 1024, 1024)  # rows, contracted, columns
+
+
+def _tiles(D: int, M: int) -> tuple[int, int, int]:
+    rows, inner, columns = MEGABLOX_TILES
+    return rows, inner if D % inner == 0 else D, columns if M % columns == 0 else (512 if M % 512 == 0 else M)
+
+
+def megablox_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    tiles = _tiles(w_EDM.shape[1], w_EDM.shape[2])
+    gmm, _ = _megablox()
+    return gmm(x_RD, w_EDM, group_sizes_E, preferred_element_type=x_RD.dtype, tiling=tiles)
+
+
+def megablox_gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    rows, columns, inner = _tiles(w_EDM.shape[1], w_EDM.shape[2])
+    options = {"preferred_element_type": x_RM.dtype, "tiling": (rows, inner, columns), "transpose_rhs": True}
+    gmm, _ = _megablox()
+    return gmm(x_RM, w_EDM, group_sizes_E, **options)
+
+
+def megablox_tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
+    tiles = _tiles(x_RD.shape[1], y_RM.shape[1])
+    _, tgmm = _megablox()
+    return tgmm(x_RD.T, y_RM, group_sizes_E, preferred_element_type=jnp.float32, tiling=tiles)
+
+
+def tokamax_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    return tokamax.ragged_dot(x_RD, w_EDM, group_sizes_E)
+
+
+PEERS = {
+    "gmm": {"dense": dense_gmm, "ragged_dot": ragged_dot, "megablox": megablox_gmm, "tokamax": tokamax_gmm},
+    "gmm_t": {"dense": dense_gmm_t, "ragged_dot": ragged_dot_t, "megablox": megablox_gmm_t},
+    "tgmm": {"dense": dense_tgmm, "megablox": megablox_tgmm},
+}
+
+
+def mlp_and_gradient(*inputs: Array, implementation: str | None = None) -> tuple[Array, ...]:
+    """The routed layer's output and all its gradients, of the output itself as the cotangent."""
+    *floats, experts_XA, weights_XA = inputs
+
+    def layer(x_XD, gate_EDM, up_EDM, down_EMD, weights_XA):
+        arrays = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+        return grouped_matmul.expert_mlp(*arrays, implementation=implementation)
+
+    y_XD, vjp = jax.vjp(layer, *floats, weights_XA)
+    return y_XD, *vjp(y_XD)
+
+
+def _dense_mlp(x_XD: Array, gate_DM: Array, up_DM: Array, down_MD: Array) -> Array:
+    return (jax.nn.silu(x_XD @ gate_DM) * (x_XD @ up_DM)) @ down_MD
+
+
+def dense_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA) -> Array:
+    """One expert's network over all routed rows."""
+    return _dense_mlp(jnp.repeat(x_XD, experts_XA.shape[1], 0), gate_EDM[0], up_EDM[0], down_EMD[0])
+
+
+def dense_mlp_and_gradient(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA) -> tuple[Array, ...]:
+    rows_RD = jnp.repeat(x_XD, experts_XA.shape[1], 0)
+    y_RD, vjp = jax.vjp(_dense_mlp, rows_RD, gate_EDM[0], up_EDM[0], down_EMD[0])
+    return y_RD, *vjp(y_RD)
+
+
+def benches(tag: str) -> Iterator[Bench]:
+    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
+    for name, case in GMM.items():
+        if tag in case.tags:
+            yield from _gmm_benches(name, case, dtype)
+    for name, case in MLP.items():
+        if tag in case.tags:
+            yield from _mlp_benches(name, case, dtype)
+
+
+def _gmm_benches(name: str, case: Gmm, dtype) -> Iterator[Bench]:
+    R, D, M, E = case.R, case.D, case.M, len(case.sizes)
+    x, w, y, sizes = (
+        jax.ShapeDtypeStruct((R, D), dtype),
+        jax.ShapeDtypeStruct((E, D, M), dtype),
+        jax.ShapeDtypeStruct((R, M), dtype),
+        jax.ShapeDtypeStruct((E,), jnp.int32),
     )
-    experts = jnp.asarray(np.argsort(rng.random((case.X, case.E)) ** case.skew, axis=1)[:, : case.A], jnp.int32)
-    weights = jnp.asarray(rng.random((case.X, case.A)), dtype)
-
-    def ours(x, gate, up, down):
-        return grouped_matmul.expert_mlp(x, gate, up, down, experts, weights, implementation=implementation)
-
-    def dense(x, gate, up, down):
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
-
-    def backward(f):
-        def run(*inputs):
-            y, vjp = jax.vjp(f, *inputs)
-            return vjp(y)
-
-        return run
-
-    routed, plain = (x, gate, up, down), (jnp.repeat(x, case.A, 0), gate[0], up[0], down[0])
-    return {
-        "expert_mlp": {"ours": (ours, routed), "dense": (dense, plain)},
-        "expert_mlp and gradient": {"ours": (backward(ours), routed), "dense": (backward(dense), plain)},
-    }
+    size = jnp.dtype(dtype).itemsize
+    doors = {"gmm": grouped_matmul.gmm, "gmm_t": grouped_matmul.gmm_t, "tgmm": grouped_matmul.tgmm}
+    for operation, arguments in (("gmm", (x, w, sizes)), ("gmm_t", (y, w, sizes)), ("tgmm", (x, y, sizes))):
+        yield Bench(
+            operation=operation,
+            case=name,
+            run=doors[operation],
+            arguments=arguments,
+            operations=2 * R * D * M,
+            bytes_moved=size * (R * D + R * M) + (4 if operation == "tgmm" else size) * E * D * M,
+            inputs=partial(_gmm_inputs, case, tuple(z.shape for z in arguments[:2]), dtype),
+            implementations=tuple(IMPLEMENTATIONS),
+            peers=PEERS[operation],
+        )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name, case in (GMM | MLP).items() if "bench" in case.tags]
-    parser.add_argument("--cases", nargs="+", choices=known, default=known)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--implementation", choices=list(grouped_matmul.IMPLEMENTATIONS), default=None)
-    parser.add_argument("--repetitions", type=int, default=11)
-    args = parser.parse_args()
-    for name in args.cases:
-        operations = {}
-        if name in GMM:
-            operations |= gmm_sides(GMM[name], args.dtype, args.implementation)
-        if name in MLP:
-            operations |= mlp_sides(MLP[name], args.dtype, args.implementation)
-        for operation, sides in operations.items():
-            seconds = seconds_in_turns(sides, args.repetitions)
-            row = {"case": name, "operation": operation, "dtype": args.dtype}
-            row |= {f"{side}_ms": round(1e3 * s, 3) for side, s in seconds.items()}
-            print(json.dumps(row | {"ratio": round(seconds["dense"] / seconds["ours"], 3)}), flush=True)
+def _gmm_inputs(case: Gmm, shapes: tuple[tuple[int, ...], ...], dtype) -> tuple[Array, ...]:
+    return *normal(dtype, *shapes), jnp.asarray(case.sizes, jnp.int32)
 
 
-if __name__ == "__main__":
-    main()
+def _mlp_benches(name: str, case: Mlp, dtype) -> Iterator[Bench]:
+    shapes = (case.X, case.D), (case.E, case.D, case.M), (case.E, case.D, case.M), (case.E, case.M, case.D)
+    size, rows = jnp.dtype(dtype).itemsize, case.X * case.A
+    forward = 3 * 2 * rows * case.D * case.M
+    least = size * (2 * case.X * case.D + 3 * case.E * case.D * case.M)
+    for operation, run, peer, times in (
+        ("expert_mlp", grouped_matmul.expert_mlp, dense_mlp, 1),
+        ("expert_mlp and gradient", mlp_and_gradient, dense_mlp_and_gradient, 3),
+    ):
+        yield Bench(
+            operation=operation,
+            case=name,
+            run=run,
+            arguments=(
+                *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes),
+                jax.ShapeDtypeStruct((case.X, case.A), jnp.int32),
+                jax.ShapeDtypeStruct((case.X, case.A), dtype),
+            ),
+            operations=times * forward,
+            bytes_moved=(1 if times == 1 else 2) * least,
+            inputs=partial(_mlp_inputs, case, shapes, dtype),
+            implementations=tuple(IMPLEMENTATIONS),
+            peers={"dense": peer},
+        )
+
+
+def _mlp_inputs(case: Mlp, shapes: tuple[tuple[int, ...], ...], dtype) -> tuple[Array, ...]:
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((case.X, case.E)) ** case.skew, axis=1)[:, : case.A]
+    weights = rng.random((case.X, case.A))
+    return *normal(dtype, *shapes), jnp.asarray(experts, jnp.int32), jnp.asarray(weights, dtype)

@@ -1,4 +1,5 @@
-"""Named shapes: the one list that tests and benches use. Tags: `test` small enough for the suite, `bench` worth timing."""
+"""Named shapes: the one list that tests and benches use. Tags: `test` small enough for the suite, `bench` worth timing
+on a CPU, `chip` the published models' on an accelerator."""
 
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ def uneven(rows: int, groups: int) -> tuple[int, ...]:
     return (sizes[0] + rows - sum(sizes), *sizes[1:])
 
 
-TEST, BENCH = frozenset({"test"}), frozenset({"bench"})
+TEST, BENCH, CHIP = frozenset({"test"}), frozenset({"bench"}), frozenset({"chip"})
 HOPPER = frozenset({"hopper"})  # small enough for the simulator, widths that its kernels take
 
 GMM = {
@@ -47,6 +48,9 @@ GMM = {
     "tiny_model": Gmm(8192, 128, 64, uneven(8192, 16), BENCH),
     "wide_16": Gmm(4096, 1024, 1024, uneven(4096, 16), BENCH),
     "wide_64": Gmm(4096, 1024, 1024, uneven(4096, 64), BENCH),
+    "glm45": Gmm(65536, 5120, 1536, uneven(65536, 20), CHIP),  # one of eight expert shards, balanced tokens
+    "air": Gmm(65536, 4096, 1408, uneven(65536, 16), CHIP),
+    "many_groups": Gmm(524288, 4096, 1536, uneven(524288, 128), CHIP),
 }
 
 MLP = {
