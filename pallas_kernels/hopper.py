@@ -45,7 +45,7 @@ def kernel(
         pl.run_scoped(lambda *mine: body(*arrays, *mine), *scratch, collective_axes="warpgroup")
 
     scoped.__name__ = name  # of the machine code
-    parameters = plgpu.CompilerParams(approx_math=True)
+    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return pl.kernel(scoped, results, mesh=mesh, name=name, cost_estimate=cost, compiler_params=parameters)
 
 

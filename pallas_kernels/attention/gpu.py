@@ -200,7 +200,7 @@ def _forward_kernel(  # noqa: PLR0915 (three warpgroups)
         carry = _filled((ROWS, H), 0), _filled((ROWS,), LOWEST), _filled((ROWS,), 0)
         pl.when(warpgroup == 1)(lambda: _take_turns(turn))
         carry = lax.fori_loop(0, unmasked, partial(attend, masked=False), carry)
-        y_iH, top_i, sum_i = lax.fori_loop(unmasked, visited, partial(attend, masked=True), carry)
+        y_iH, top_i, sum_i = lax.fori_loop(0, visited - unmasked, _masked(attend, unmasked), carry)
         pl.when(warpgroup == 0)(lambda: _take_turns(turn))
         sees_i = sum_i > 0
         y_iH /= _down(jnp.where(sees_i, sum_i, 1.0), y_iH.shape)
@@ -294,7 +294,7 @@ def _dq_kernel(  # noqa: PLR0915 (three warpgroups)
         def sums(dq_iH):
             block_of = partial(differentiate, dq_iH, stats)
             lax.fori_loop(0, unmasked, partial(block_of, masked=False), None)
-            lax.fori_loop(unmasked, visited, partial(block_of, masked=True), None)
+            lax.fori_loop(0, visited - unmasked, _masked(block_of, unmasked), None)
             return dq_iH[...]
 
         dq_iH = pl.run_scoped(sums, plgpu.WGMMAAccumulatorRef((ROWS, H)))
@@ -387,7 +387,7 @@ def _dkv_kernel(  # noqa: PLR0915 (three warpgroups)
         def sums(dk_iH, dv_iH):
             block_of = partial(differentiate, dk_iH, dv_iH)
             lax.fori_loop(0, unmasked, partial(block_of, masked=False), None)
-            lax.fori_loop(unmasked, visited, partial(block_of, masked=True), None)
+            lax.fori_loop(0, visited - unmasked, _masked(block_of, unmasked), None)
             return dk_iH[...], dv_iH[...]
 
         dk_iH, dv_iH = pl.run_scoped(sums, *2 * (plgpu.WGMMAAccumulatorRef((ROWS, H)),))
@@ -422,6 +422,11 @@ def _transposed(tile_smem):
 
 def _filled(shape: tuple[int, ...], value: float) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, F32), plgpu.Layout.WGMMA if len(shape) == 2 else OF_ROWS)
+
+
+def _masked(block, unmasked: Array):
+    """The body of the second loop, which begins at 0 too: under shard_map a loop's first step may not vary over the mesh."""
+    return lambda step, carry: block(unmasked + step, carry, masked=True)
 
 
 def _places(at_smem, count: int, layout) -> tuple[Array, ...]:
