@@ -4,6 +4,7 @@ That device is the one of the mesh in context (`jax.set_mesh`), so that a progra
 not here gets that chip's kernels; without a mesh, this process's default back end.
 """
 
+import importlib
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -11,6 +12,13 @@ import jax
 from jax import Array
 
 BEST_FIRST = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "cpu": ("xla",)}
+
+
+class Later(ModuleType):
+    """The module of that name, imported when it is first used: Mosaic takes half a second and writes to the terminal."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def platform() -> str:

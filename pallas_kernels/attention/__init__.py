@@ -5,9 +5,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.attention import reference, tpu, xla
-from pallas_kernels.choose import choose
+from pallas_kernels.choose import Later, choose
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": Later("pallas_kernels.attention.gpu")}
 
 
 def attention(

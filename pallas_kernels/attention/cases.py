@@ -18,6 +18,7 @@ class Case:
 
 
 TEST, BENCH, CHIP = frozenset({"test"}), frozenset({"bench"}), frozenset({"chip"})
+HOPPER = frozenset({"hopper"})  # small enough for the simulator, heads as wide as its kernels take
 
 CASES = {
     "one_block": Case(2, 40, 40, 4, 2, 16, tags=TEST),
@@ -26,6 +27,8 @@ CASES = {
     "decode": Case(2, 1, 90, 8, 2, 16, tags=TEST),
     "draft": Case(3, 4, 50, 6, 6, 8, documents=2, padding=3, tags=TEST),
     "one_token_documents": Case(1, 12, 12, 2, 2, 8, documents=12, tags=TEST),
+    "hopper_packed_padded": Case(1, 140, 140, 2, 1, 64, documents=2, padding=20, tags=HOPPER),
+    "hopper_after_cache": Case(1, 70, 260, 1, 1, 128, tags=HOPPER),
     "small_model": Case(8, 512, 512, 8, 2, 64, tags=BENCH),
     "tiny_model": Case(16, 256, 256, 4, 2, 32, tags=BENCH),
     "packed_4k": Case(1, 4096, 4096, 8, 2, 64, documents=8, tags=BENCH),

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.choose import choose
+from pallas_kernels.choose import Later, choose
 from pallas_kernels.grouped_matmul import reference, routed, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": Later("pallas_kernels.grouped_matmul.gpu")}
 
 
 def gmm(

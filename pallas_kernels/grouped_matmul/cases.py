@@ -32,6 +32,7 @@ def uneven(rows: int, groups: int) -> tuple[int, ...]:
 
 
 TEST, BENCH, CHIP = frozenset({"test"}), frozenset({"bench"}), frozenset({"chip"})
+HOPPER = frozenset({"hopper"})  # small enough for the simulator, widths that its kernels take
 
 GMM = {
     "ragged": Gmm(300, 24, 16, (0, 100, 0, 1, 150, 0), TEST),  # unaligned, empty groups, a tail
@@ -45,6 +46,8 @@ GMM = {
     "lanes_empty": Gmm(600, 128, 128, (0, 0), TEST),
     "lanes_one_group": Gmm(1024, 256, 128, (0, 1024, 0), TEST),
     "many_blocks": Gmm(2300, 16, 8, (1100, 37, 1163), TEST),
+    "hopper_ragged": Gmm(420, 128, 256, (0, 130, 3, 0, 261, 1), HOPPER),
+    "hopper_narrow": Gmm(300, 256, 128, (0, 299, 0), HOPPER),
     "small_model": Gmm(16384, 256, 192, uneven(16384, 16), BENCH),
     "tiny_model": Gmm(8192, 128, 64, uneven(8192, 16), BENCH),
     "wide_16": Gmm(4096, 1024, 1024, uneven(4096, 16), BENCH),

@@ -29,23 +29,27 @@ def problem(case, dtype="float32", seed=0):
     return q, k, v, positions[:, -case.T :], positions, segments[:, -case.T :], segments
 
 
+def forward(q, k, v, q_positions, k_positions, q_segments, k_segments, implementation=None, q_prefixes=None):  # noqa: PLR0913 (the door's)
+    return kernels.attention(
+        q,
+        k,
+        v,
+        q_positions_BT=q_positions,
+        k_positions_BS=k_positions,
+        q_segments_BT=q_segments,
+        k_segments_BS=k_segments,
+        q_prefixes_BT=q_prefixes,
+        scale=q.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+
+
 @partial(jax.jit, static_argnames="implementation")
 def value_and_gradients(  # noqa: PLR0913 (the door's)
     q, k, v, q_positions, k_positions, q_segments, k_segments, implementation=None, q_prefixes=None
 ):
     def run(q, k, v):
-        return kernels.attention(
-            q,
-            k,
-            v,
-            q_positions_BT=q_positions,
-            k_positions_BS=k_positions,
-            q_segments_BT=q_segments,
-            k_segments_BS=k_segments,
-            q_prefixes_BT=q_prefixes,
-            scale=q.shape[-1] ** -0.5,
-            implementation=implementation,
-        )
+        return forward(q, k, v, q_positions, k_positions, q_segments, k_segments, implementation, q_prefixes)
 
     y, vjp = jax.vjp(run, q, k, v)
     dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype)
@@ -146,7 +150,7 @@ def test_bad_input_names_the_rule():
     with pytest.raises(ValueError, match="any length"):
         kernels.attention(q, k, v, **where, shared_KSH=(k[0], v[0]), scale=1.0)
     with pytest.raises(ValueError, match="known: reference, xla"):
-        value_and_gradients(q, k, v, *at, implementation="gpu")
+        value_and_gradients(q, k, v, *at, implementation="cuda")
     with pytest.raises(ValueError, match="N a multiple of K"):
         value_and_gradients(q[:, :, :3], k, v, *at)
     with pytest.raises(ValueError, match="cast them to one dtype"):

@@ -183,7 +183,7 @@ def test_works_under_checkpoint_and_scan():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"implementation": "triton"}, "known: reference, xla, tpu"),
+        ({"implementation": "cuda"}, "known: reference, xla, tpu, gpu"),
         ({"w": jnp.zeros((3, 5, 4))}, "do not fit"),
         ({"w": jnp.zeros((3, 8, 4), jnp.bfloat16)}, "cast one"),
         ({"s": jnp.zeros(3)}, "integers"),
