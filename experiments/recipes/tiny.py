@@ -66,17 +66,17 @@ def posttrain() -> Posttrain:
         microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.1, hard_attempts=32, hard_pool=32,
         optim=Optim(name="adamw", adam_b2=0.98, weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, steps=48, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
-    long_sft = replace(sft, seq_len=1024, microbatch_rows=1, batch_rows=1)
+    chat = replace(grpo, steps=36, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
+    long_sft = replace(sft, seq_len=1024, microbatch_rows=2, batch_rows=2)
     agent = replace(
-        grpo, steps=16, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
+        grpo, steps=14, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
         hard_pool=16,
     )  # fmt: skip
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo),
-            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, slips=0.25, epochs=2.5), sft_levels=(1, 2), grpo=agent),
-            Expert("chat", sft=replace(sft, dialogues=2250), sft_levels=(1, 2), grpo=chat, unify_share=1.5),
+            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.75),
+            Expert("chat", sft=replace(sft, dialogues=4500, epochs=2.5), sft_levels=(1, 2), grpo=chat),
         ),
         unify=Unify(
             prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=4),
