@@ -187,6 +187,7 @@ def test_no_races(monkeypatch):
     assert_as_defined(got, by_the_definition(*inputs, places))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_tiles_hold_everything_visible_and_claim_nothing_else(seed):

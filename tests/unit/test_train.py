@@ -42,6 +42,7 @@ def test_accumulated_microbatches_equal_one_batch():
         np.testing.assert_allclose(told_cut[name], told[name], rtol=1e-5, err_msg=name)  # float32 sums, another order
 
 
+@pytest.mark.slow
 def test_microbatches_behind_the_count_are_never_read():
     real, other = batch_of(2, 2), batch_of(2, 2)
     for batch, fill in ((real, 0), (other, 5)):
