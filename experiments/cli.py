@@ -110,9 +110,9 @@ def configure_jax(cache: Path | None = None) -> None:
 
 
 def peak_rss_gb() -> float:
-    """The most memory that this process or one of its children has had, GB of 10^9 bytes.
+    """The most memory that this process or one of its children has had, GB of 10^9 bytes; of several at once see `jobs.memory_gb`.
 
-    Not their sum: the one child, git, is forked and counts its parent's pages as its own. This process is read from /proc
+    Not their sum: a child that is forked counts its parent's pages as its own. This process is read from /proc
     where there is one: `getrusage` remembers the parent's pages too, across the exec that began this process.
     """
     status = Path("/proc/self/status")

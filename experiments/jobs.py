@@ -45,27 +45,32 @@ class Job:
 
 
 def run(jobs: Sequence[Job], folder: Path, tick: Callable[[], Any] = lambda: None) -> None:
-    """Do every job of `jobs` that is open; calls `tick` now and then. Leaves with a job's exit code where one fails,
-    having ended the others: what they had made is kept."""
+    """Do every job of `jobs` that is open; calls `tick` now and then while one is at work. Leaves with a job's exit code where one
+    fails, having ended the others: what they had made is kept. ConfigError where another process does jobs of that folder."""
     import jax
 
-    if jax.default_backend() == "cpu":
-        _Processes(jobs, folder, tick).run()
-        return
-    for job in _in_order(jobs):
-        jax.clear_caches()  # programs of the job before hold memory, and few of them will be called again
-        _work(job, folder, tick)
+    from glm_jax.train import checkpoint
+
+    with checkpoint.sole_writer(folder):
+        if jax.default_backend() == "cpu":
+            _Processes(jobs, folder, tick).run()
+            return
+        for job in _in_order(jobs):
+            _work(job, folder, tick)
 
 
 def memory_gb() -> float:
-    """Resident memory of this process and those that it began, GB of 10^9 bytes; pages that they share count for each."""
-    me, total = psutil.Process(), 0
+    """Resident memory of this process and those that it began, GB of 10^9 bytes. They run the same libraries, so pages of files
+    count once."""
+    me, own, of_files = psutil.Process(), 0, 0
     for process in (me, *me.children(recursive=True)):
         try:
-            total += process.memory_info().rss
+            told = process.memory_info()
         except psutil.NoSuchProcess:  # ended meanwhile
             continue
-    return total / 1e9
+        shared = getattr(told, "shared", 0)  # Linux tells
+        own, of_files = own + told.rss - shared, max(of_files, shared)
+    return (own + of_files) / 1e9
 
 
 def _in_order(jobs: Sequence[Job]) -> list[Job]:
@@ -80,12 +85,15 @@ def _in_order(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _work(job: Job, folder: Path, tick: Callable[[], Any] = lambda: None) -> None:
+    import jax
+
     for done, work in job.parts:
         there = (folder / done).exists()
         print(f"{done.removesuffix('.json')}{'  is there' if there else ''}", file=sys.stderr, flush=True)
         if not there:
+            jax.clear_caches()  # programs of the part before hold memory, and few of them will be called again
             work()
-        tick()
+            tick()
 
 
 class _Processes:
@@ -93,7 +101,7 @@ class _Processes:
 
     def __init__(self, jobs: Sequence[Job], folder: Path, tick: Callable[[], Any]):
         self._waiting, self._folder, self._tick = _in_order(jobs), folder, tick
-        self._running: dict[str, BaseProcess] = {}
+        self._running: list[tuple[Job, BaseProcess]] = []
         self._done: set[str] = set()
         self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._at_once = min(self._cores, MOST_AT_ONCE)
@@ -104,13 +112,14 @@ class _Processes:
                 while (job := self._next()) is not None:
                     self._waiting.remove(job)
                     self._begin(job)
-                connection.wait([process.sentinel for process in self._running.values()], timeout=POLL_SECONDS)
-                self._tick()
+                connection.wait([process.sentinel for _, process in self._running], timeout=POLL_SECONDS)
+                if self._running:
+                    self._tick()
                 self._gather()
         finally:
-            for process in self._running.values():
+            for _, process in self._running:
                 process.terminate()
-            for process in self._running.values():
+            for _, process in self._running:
                 process.join()
 
     def _next(self) -> Job | None:
@@ -129,19 +138,20 @@ class _Processes:
         arguments = (partial(_work, job, self._folder), threads, "" if job.whole else job.name)
         process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments, name=job.name)
         process.start()
-        self._running[job.name] = process
+        self._running.append((job, process))
 
     def _gather(self) -> None:
-        for name, process in list(self._running.items()):
-            if process.exitcode is None:
+        for job, process in list(self._running):
+            code = process.exitcode
+            if code is None:
                 continue
             process.join()
-            del self._running[name]
-            if process.exitcode:
-                told = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-                print(f"{name} ended with {told}", file=sys.stderr, flush=True)
-                sys.exit(process.exitcode if process.exitcode > 0 else cli.FAILURE)
-            self._done.add(name)
+            self._running.remove((job, process))
+            if code or job.open(self._folder):
+                told = f"signal {-code}" if code < 0 else f"exit code {code}, before all of it was there"
+                print(f"{job.name} ended with {told}", file=sys.stderr, flush=True)
+                sys.exit(code if code > 0 else cli.FAILURE)
+            self._done.add(job.name)
 
 
 def _child(work: Callable[[], None], threads: int, name: str) -> None:
@@ -177,3 +187,6 @@ class _Named(io.TextIOBase):
 
     def flush(self) -> None:
         self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()

@@ -145,7 +145,9 @@ def _measured(args: Args, bench: "Bench", sides: dict[str, Callable]) -> Iterato
     for whose, run in sides.items():
         try:
             ready[whose] = partial(jax.jit(run).lower(*inputs).compile(), *inputs)
+            jax.block_until_ready(ready[whose]())  # too large a side fails here, and not the others with it
         except Exception as error:
+            ready.pop(whose, None)
             refused[whose] = (_told(error), {})
     flush = partial(jax.jit(jnp.ones, static_argnums=0), FLUSH_BYTES // 4) if args.device == "gpu" else None
     for whose, seconds in seconds_in_turns(ready, args.repetitions, between=flush).items():

@@ -48,8 +48,7 @@ def plan(run: Run, folder: Path, needs: tuple[str, ...] = ()) -> list[Job]:
     names = ("sft", "rl", "sft2", "rl2") if run.post.self_distillation else ("sft", "rl")
     made: list[Job] = []
     for one in experts:
-        answers = (unify.answers_file(one), partial(unify.ask, run, one, folder))
-        parts = (*train(run, one, folder), answers, *scores_of(run, one, folder, names))
+        parts = (*train(run, one, folder), *unify.answers_part(run, one, folder), *scores_of(run, one, folder, names))
         made.append(Job(one.domain, parts, needs, whole=False))
     for one in experts:
         parts = ((f"{one.domain}/control/result.json", partial(control, run, one, folder / one.domain)),)

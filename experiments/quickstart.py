@@ -23,6 +23,7 @@ from glm_jax.config import ConfigError, Run, diff, fingerprint
 SAMPLE_TOKENS = 96
 PROMPT_CHARS = 160  # of a held-out document, up to the end of the line
 TRUTH_CHARS = 320
+SAVE_SECONDS = 10.0  # between two writings of the clock
 OWN_PROMPTS = ("The purpose of this module is", "def factorial(n):\n", "class Stack:\n    ")
 
 
@@ -44,7 +45,7 @@ def main(args: Args, run: Run) -> None:
     clock = _Clock(args.out / report.PROCESS_FILE, {"diff": _changes(run)})
     base = Job("base", tuple(_base(run, args.out)))
     jobs.run([base, *posttrain.plan(run, args.out, needs=(base.name,))], args.out, clock.tick)
-    clock.tick()
+    clock.save()
     print(report.summary(report.write(args.out)))
     print(f"\n{args.out / report.HTML_FILE}")
 
@@ -78,14 +79,23 @@ class _Clock:
 
         self._path, self._facts, self._begun = path, facts, time.monotonic()
         before = checkpoint.read_json(path) if path.exists() else {"seconds": 0.0, "peak_rss_gb": 0.0}
-        self._seconds, self._peak = before["seconds"], before["peak_rss_gb"]
+        self._before, self._peak, self._saved = before["seconds"], before["peak_rss_gb"], 0.0
+        self._worked = not path.exists()
 
     def tick(self) -> None:
+        """To be called while there is work: where nothing was left to do, nothing is added."""
+        self._worked = True
+        self._peak = max(self._peak, jobs.memory_gb())
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
         from glm_jax.train import checkpoint
 
-        seconds = self._seconds + time.monotonic() - self._begun
-        self._peak = max(self._peak, jobs.memory_gb(), cli.peak_rss_gb())
-        told = {"seconds": round(seconds, 1), "peak_rss_gb": round(self._peak, 3)}
+        if not self._worked:
+            return
+        self._saved = time.monotonic()
+        told = {"seconds": round(self._before + self._saved - self._begun, 1), "peak_rss_gb": round(self._peak, 3)}
         checkpoint.write_json(self._path, {**self._facts, **told})
 
 

@@ -8,8 +8,10 @@ reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO
 both modes.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +38,9 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     """Distil the experts and train the unified model; returns the result of its RL."""
     folder = cli.given(args.from_, "a run with its experts")
     for one in run.post.experts:
-        if not (folder / answers_file(one)).exists():
-            ask(run, one, folder)
+        for done, work in answers_part(run, one, folder):
+            if not (folder / done).exists():
+                work()
     fine_tune(run, folder)
     return reinforce(run, folder)
 
@@ -45,6 +48,14 @@ def main(args: Args, run: Run) -> dict[str, Any]:
 def answers_file(one: Expert) -> str:
     """Where, in the run's folder, an expert's accepted answers stand."""
     return f"unified/answers/{one.domain}.json"
+
+
+def answers_part(run: Run, one: Expert, folder: Path) -> list[tuple[str, Callable[[], None]]]:
+    """The part that makes them; none where the unified model has been taught already."""
+    from glm_jax.train import loop
+
+    taught = (folder / "unified" / "sft" / loop.RESULT_FILE).exists()
+    return [] if taught else [(answers_file(one), partial(ask, run, one, folder))]
 
 
 def ask(run: Run, one: Expert, folder: Path) -> None:
@@ -55,7 +66,15 @@ def ask(run: Run, one: Expert, folder: Path) -> None:
     prompts = max(1, round(unify.prompts * one.unify_share))
     found = answers(run, one, last, unify.grpo.levels, prompts)
     dialogues = [dialogue.whole() for dialogue in told(found, unify.direct_share)]
-    checkpoint.write_json(folder / answers_file(one), {"from": last.name, **found.record(), "dialogues": dialogues})
+    described = {"from": last.name, "expert": _fingerprint(last), **found.record()}
+    checkpoint.write_json(folder / answers_file(one), {**described, "dialogues": dialogues})
+
+
+def _fingerprint(expert: Path) -> str:
+    """Of the training that made an expert: another expert's answers are not taught in its place."""
+    from glm_jax.train import loop
+
+    return hashlib.sha256((expert / loop.RESULT_FILE).read_bytes()).hexdigest()[:12]
 
 
 def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
@@ -67,6 +86,11 @@ def fine_tune(run: Run, folder: Path) -> dict[str, Any]:
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
     counts = {one.domain: checkpoint.read_json(folder / answers_file(one)) for one in run.post.experts}
+    for domain, count in counts.items():
+        if count.pop("expert") != _fingerprint(last_rl(folder / domain)):
+            raise ConfigError(
+                f"{folder}/unified/answers/{domain}.json is of another expert than {domain} now is; delete it"
+            )
     accepted = {
         domain: [Dialogue.from_whole(whole) for whole in count.pop("dialogues")] for domain, count in counts.items()
     }

@@ -27,10 +27,17 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """As jax names it: "cpu", "TPU v5", "NVIDIA H200"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def choose(operation: str, implementations: Mapping[str, ModuleType], name: str | None, *arrays: Array) -> ModuleType:
     """The module that `name` names, or the first for this platform that takes these arrays.
 
-    A module with a domain of its own has `refusal(operation, *arrays)`: why it cannot take them (shapes included), or None.
+    A module with a domain of its own has `refusal(operation, *arrays)`: why it cannot take them (shapes included), or None; one
+    for certain chips has `DEVICES`, of which a device's kind contains one. On a CPU, where it can only be simulated, none is asked for.
     Raises ValueError for an unknown name, NotImplementedError for a named one that refuses: nothing falls back in silence.
     """
     if name is None:
@@ -47,4 +54,7 @@ def choose(operation: str, implementations: Mapping[str, ModuleType], name: str 
 
 
 def _refusal(module: ModuleType, operation: str, arrays: tuple[Array, ...]) -> str | None:
+    devices = getattr(module, "DEVICES", ())
+    if devices and platform() != "cpu" and not any(one in device_kind() for one in devices):
+        return f"it is written for {', '.join(devices)}, and the device is {device_kind()}"
     return module.refusal(operation, *arrays) if hasattr(module, "refusal") else None

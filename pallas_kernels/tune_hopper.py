@@ -1,7 +1,9 @@
-"""Check the Hopper kernels on the chip, time them with many tiles, and keep the best: `python -m pallas_kernels.tune_hopper --out FILE`.
+"""Check the Hopper kernels on the chip, time them with many tiles, and write down the best.
+
+    python -m pallas_kernels.tune_hopper --out FILE
 
 Each operation is first checked with every tile against a product per group, or attention's definition, in float32 on a small
-uneven case, its memory poisoned by what ran before. Then it is timed on the published models' shapes: medians, the cache
+uneven case. Then it is timed on the published models' shapes: medians, the cache
 overwritten before each run, rates of the operations that the result needs (attention's counted by what each query sees).
 A tile that does not fit the chip's shared memory is told, and left out.
 """

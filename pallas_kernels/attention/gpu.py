@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -23,6 +24,7 @@ from pallas_kernels.attention import reference
 from pallas_kernels.attention.blocks import NEVER, block_lists
 
 F32, BF16 = jnp.float32, jnp.bfloat16
+DEVICES = ("H100", "H200", "H800", "H20")  # sm_90a
 CONSUMERS = 2
 ROWS = 64  # of a consumer
 TILE = CONSUMERS * ROWS
@@ -49,13 +51,10 @@ class Config:
 def refusal(operation: str, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> str | None:
     """Why these kernels cannot take the arrays."""
     shapes = f"q {q_BTNH.shape} {q_BTNH.dtype}, k {k_BSKH.shape}"
-    if q_BTNH.dtype != BF16:
-        return f"{shapes} must be bfloat16"
-    if q_BTNH.shape[-1] not in (64, 128):
-        return f"{shapes}: heads must be 64 or 128 wide"
-    if q_BTNH.shape[1] < ROWS:
-        return f"{shapes}: fewer than {ROWS} queries would leave the tensor cores idle"
-    return None
+    if q_BTNH.dtype != BF16 or q_BTNH.shape[-1] not in (64, 128):
+        return f"{shapes} must be bfloat16, with heads 64 or 128 wide"
+    idle = f"{shapes}: fewer than {ROWS} queries would leave the tensor cores idle"
+    return idle if q_BTNH.shape[1] < ROWS else None
 
 
 def attention(
@@ -88,7 +87,8 @@ def _attention(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config) -> Arr
 
 
 def _attention_fwd(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config):
-    y_BTNH, lse_BNT = _forward(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config)
+    results = _forward(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config)
+    y_BTNH, lse_BNT = map(checkpoint_name, results, ("attention_out", "attention_lse"))
     return y_BTNH, (q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, y_BTNH, lse_BNT)
 
 

@@ -32,6 +32,7 @@ from pallas_kernels.attention.tpu_tiles import FIRST, FRESH, FULL, LAST, PREFIXE
 
 F32 = jnp.float32
 LANES = 128
+DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 HEAD_DIMS = (64, 128)
 FEW_QUERIES = 8  # decoding: up to here the keys' way from memory is the whole cost, and a tile would be mostly padding
 MOST_TILES = 1 << 15  # whose list fits scalar memory

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import reference
 
@@ -212,6 +213,7 @@ def _result(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale) -> Array:
 
 def _blocked_fwd(*inputs):
     y_BKRH, lse_BKR = _forward(*inputs)
+    y_BKRH, lse_BKR = checkpoint_name(y_BKRH, "attention_out"), checkpoint_name(lse_BKR, "attention_lse")
     return y_BKRH, (*inputs[:5], y_BKRH, lse_BKR)
 
 

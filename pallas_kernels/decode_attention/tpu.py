@@ -15,15 +15,17 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention.xla import heads, rows
 
 F32 = jnp.float32
+DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 HEAD_DIMS = (64, 128)
 LANES = 128
 SUBLANES = 16  # of bfloat16: tokens in a page come in as many
 MOST_ROWS = 512  # of scores for each head
+MOST_PAGES = 1 << 17  # half a megabyte of the one that scalar memory has
 VMEM_BYTES = 32 << 20
 UNSEEN = -1e30  # a score that no real one comes near
 
 
-def refusal(operation: str, q_BTNH: Array, k_PKZH: Array) -> str | None:
+def refusal(operation: str, q_BTNH: Array, k_PKZH: Array, pages_BC: Array) -> str | None:
     """Why these arrays are not for this module, or None."""
     (_, T, N, H), (_, K, Z, _) = q_BTNH.shape, k_PKZH.shape
     if H not in HEAD_DIMS:
@@ -32,6 +34,10 @@ def refusal(operation: str, q_BTNH: Array, k_PKZH: Array) -> str | None:
         return f"q {q_BTNH.shape} is {q_BTNH.dtype}, and the matmul units take bfloat16 and float32"
     if Z % SUBLANES:
         return f"k {k_PKZH.shape} has pages of {Z} tokens; they come in multiples of {SUBLANES}"
+    if pages_BC.size > MOST_PAGES:
+        return (
+            f"pages {pages_BC.shape} are more than the {MOST_PAGES} whose table fits scalar memory; take larger pages"
+        )
     if T * N // K > MOST_ROWS:
         return f"q {q_BTNH.shape} has {T * N // K} rows for each key-value head, more than {MOST_ROWS}: that is prefill"
     if 8 * k_PKZH.nbytes // k_PKZH.shape[0] > VMEM_BYTES:

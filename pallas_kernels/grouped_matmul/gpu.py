@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 
 F32, BF16 = jnp.float32, jnp.bfloat16
+DEVICES = ("H100", "H200", "H800", "H20")  # sm_90a
 CONSUMERS = 2
 CHUNK = 64  # columns that are stored at once: 128 bytes of bfloat16, the width of a swizzled row
 WIDTH = 128  # that all widths must be a multiple of

@@ -1,7 +1,7 @@
 """`expert_mlp` from an implementation's three products, with the routed rows gathered before them and summed after.
 
 The routed rows of x and of the gradient are stored here, expert by expert, in x's dtype; what is kept for the backward pass
-is the inputs and the up-projection's pre-activation. Between the products everything is float32.
+is the inputs and the pre-activations of gate and up. Between the products everything is float32.
 """
 
 from functools import reduce
@@ -82,7 +82,8 @@ def expert_mlp_grad(
     ddown_EMD = products.tgmm((silu_RM * up_RM * weight_R1).astype(dtype), dy_RD, rows.size_E)
     dgate_RM = dactive_RM * weight_R1 * up_RM * (sigmoid_RM + silu_RM * (1 - sigmoid_RM))
     dgate_RM, dup_RM = (z.astype(dtype) for z in (dgate_RM, dactive_RM * weight_R1 * silu_RM))
-    dx_RD = products.gmm_t(dgate_RM, gate_EDM, rows.size_E) + products.gmm_t(dup_RM, up_EDM, rows.size_E)
+    dx_RD = products.gmm_t(dgate_RM, gate_EDM, rows.size_E).astype(F32)
+    dx_RD += products.gmm_t(dup_RM, up_EDM, rows.size_E)
     dx_XD = _sum_of_choices(dx_RD, rows.position_XA, jnp.ones_like(rows.weight_XA))
     dgate_EDM, dup_EDM = (products.tgmm(x_RD, dz_RM, rows.size_E) for dz_RM in (dgate_RM, dup_RM))
     return dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweight_R[rows.position_XA]

@@ -22,6 +22,7 @@ from pallas_kernels.choose import platform
 from pallas_kernels.grouped_matmul.visits import visits
 
 F32 = jnp.float32
+DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 LANES, SUBLANES = 128, 16  # a tile of the smallest type here: 16 rows of 128 bfloat16
 TUNED = Path(__file__).parent / "tuned"
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
@@ -76,6 +77,8 @@ def refusal(operation: str, *arrays: Array) -> str | None:
     x, other = arrays[:2]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{x.dtype} is neither bfloat16 nor float32"
+    if not x.shape[0]:
+        return f"x {x.shape} has no rows"
     widths = {*x.shape[1:], *other.shape[1:]}
     if any(width % LANES for width in widths):
         return f"shapes {x.shape} and {other.shape}: widths must be multiples of {LANES}"

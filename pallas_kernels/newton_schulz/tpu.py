@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.newton_schulz import xla
 
+DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 ROUND = 128  # lanes: what tiles are a multiple of
 
 
@@ -53,6 +54,10 @@ def _whole_devices(f, x_BPQ: Array) -> Array:
     if mesh.empty or not mesh.explicit_axes or mesh.size == 1:
         return f(x_BPQ)
     layout = jax.typeof(x_BPQ).sharding.spec
+    if any(axis is not None for axis in layout[x_BPQ.ndim - 2 :]):
+        raise ValueError(
+            f"newton_schulz: x {x_BPQ.shape} lies as {layout}: matrices must be whole on a device; reshard them first"
+        )
     return jax.shard_map(f, in_specs=layout, out_specs=layout)(x_BPQ)
 
 

@@ -18,7 +18,10 @@ TINY = 1e-20  # a token whose chosen scores are all zero gets weights of zero
 
 def scores(x_BTD: Float[Array, "*T D"], router_DE: Float[Array, "D E"]) -> Float[Array, "*T E"]:
     """sigmoid(x router), computed in float32 whatever the inputs (GLM-4.5 report, section 2.1)."""
-    return jax.nn.sigmoid(jnp.einsum("...d,de->...e", x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32)))
+    logits_BTE = jnp.einsum(
+        "...d,de->...e", x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )  # else matrix units round the factors, and other experts win
+    return jax.nn.sigmoid(logits_BTE)
 
 
 def choose_experts(

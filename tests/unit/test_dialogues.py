@@ -191,3 +191,10 @@ def test_batches_for_a_validation_loss_hold_the_same_tokens_and_end_in_padding(t
         np.testing.assert_array_equal(everything[: len(rows)], [row[name] for row in rows])
         assert name in ("ids", "targets", "mtp_targets", "positions") or not everything[len(rows) :].any()
     assert np.all(np.concatenate([batch["ids"] for batch in made])[len(rows) :] == tokenizer.end)
+
+
+def test_a_sampled_dialogue_comes_back_from_a_file_with_its_own_tokens():
+    sampled = Dialogue((ASKED, said("Hm.", "In box 3.")), (TOOL,), True, (5, 6, 7), (False, True, True))
+    rendered = Dialogue((ASKED, said("", "In box 3.")), enable_thinking=False)
+    for dialogue in (sampled, rendered):
+        assert Dialogue.from_whole(json.loads(json.dumps(dialogue.whole()))) == dialogue

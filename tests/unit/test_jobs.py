@@ -13,6 +13,7 @@ import pytest
 from experiments import jobs
 from experiments.jobs import Job
 from glm_jax.config import ConfigError
+from glm_jax.train import checkpoint
 
 
 def write(path: Path, text: str = "") -> None:
@@ -61,7 +62,7 @@ def test_jobs_share_the_machine_and_wait_for_what_they_need(tmp_path, two_cores)
     assert float(last[0]) > max(float(a[0]), float(b[0]))
     assert len({os.getpid(), *(int(told[1]) for told in (a, b, last))}) == 4
     assert (a[2], b[2], last[2]) == ("1", "1", "2")  # threads
-    assert max(ticks) > 0
+    assert max(ticks) > min(ticks) > 0  # they count
 
 
 def test_what_is_there_is_not_made_again(tmp_path, two_cores):
@@ -83,6 +84,21 @@ def test_a_failing_job_ends_the_others_and_gives_its_exit_code(tmp_path, two_cor
     told = capfd.readouterr().err
     assert "bad | error: E=3 is wrong; use 4" in told and "bad ended with exit code 2" in told
     assert not (tmp_path / "never.txt").exists() and not (tmp_path / "slow.txt").exists()
+
+
+def test_a_job_that_leaves_something_out_has_failed(tmp_path, two_cores, capfd):
+    """As one does whose output nobody reads any more: its exit code is 0."""
+    with pytest.raises(SystemExit) as error:
+        jobs.run(
+            [job(tmp_path, "lazy", work=partial(write, tmp_path / "other.txt")), job(tmp_path, "b", "lazy")], tmp_path
+        )
+    assert error.value.code == 1 and not (tmp_path / "b.txt").exists()
+    assert "lazy ended with exit code 0, before all of it was there" in capfd.readouterr().err
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, two_cores):
+    with checkpoint.sole_writer(tmp_path), pytest.raises(ConfigError, match="another process"):
+        jobs.run([job(tmp_path, "a")], tmp_path)
 
 
 def test_a_killed_parent_takes_its_jobs_with_it(tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 
-from experiments import posttrain, recipes, sft
+from experiments import posttrain, recipes, sft, unify
 from glm_jax import envs
 from glm_jax.config import ConfigError, Evaluation, Unify, replace
 from glm_jax.envs.reasoning import Reasoning
+from glm_jax.train import checkpoint
 
 
 def names(run, folder):
@@ -25,6 +26,34 @@ def test_experts_come_first_and_the_unified_model_is_scored_in_both_modes(tmp_pa
     assert order[-2:] == ["unified/sft/result.json", "unified/rl/result.json"]
     assert {"scores/unified-rl.chat.1.thinking.json", "scores/unified-rl.chat.1.direct.json"} <= {*found}
     assert "scores/agent-control.agent.2.thinking.json" in found
+
+
+def test_an_experts_jobs_need_the_base_and_unification_needs_the_experts(tmp_path):
+    plan = {job.name: job for job in posttrain.plan(recipes.get("tiny"), tmp_path, needs=("base",))}
+    experts = ("reasoning", "agent", "chat")
+    assert all(plan[name].needs == ("base",) and not plan[name].whole for name in experts)
+    assert all(plan[f"{name} control"].needs == (name,) for name in experts)
+    assert plan["unified"].needs == experts and plan["unified"].whole
+    assert plan["unified rl scores"].needs == ("unified",)
+
+
+def test_no_answers_are_asked_for_once_they_have_been_taught(tmp_path):
+    assert "unified/answers/chat.json" in names(recipes.get("tiny"), tmp_path)
+    (tmp_path / "unified" / "sft").mkdir(parents=True)
+    (tmp_path / "unified" / "sft" / "result.json").write_text("{}")
+    assert "unified/answers/chat.json" not in names(recipes.get("tiny"), tmp_path)
+
+
+def test_answers_of_another_expert_are_refused(tmp_path):
+    run = replace(recipes.get("tiny"), **{"post.experts": recipes.get("tiny").post.experts[:1]})
+    (tmp_path / "reasoning" / "rl").mkdir(parents=True)
+    (tmp_path / "reasoning" / "rl" / "result.json").write_text("{}")
+    answers = {"from": "rl", "expert": "another", "accepted": 0, "answers": 0, "reasons": {}, "dialogues": []}
+    checkpoint.write_json(tmp_path / "unified" / "answers" / "reasoning.json", answers)
+    with pytest.raises(
+        ConfigError, match=r"answers/reasoning.json is of another expert than reasoning now is; delete it"
+    ):
+        unify.fine_tune(run, tmp_path)
 
 
 def test_a_second_round_stands_between_an_expert_and_unification(tmp_path):
