@@ -99,7 +99,7 @@ def test_what_the_hopper_kernels_do_not_take_is_said_with_shapes():
     with pytest.raises(NotImplementedError, match="columns=256 does not divide 128"):
         gpu.gmm(x.astype("bfloat16"), w.astype("bfloat16"), sizes, gpu.Config())
     q, k, v, *at = attending.problem(Case(1, 64, 64, 2, 1, 96), "bfloat16")
-    with pytest.raises(NotImplementedError, match="heads must be 64 or 128 wide"):
+    with pytest.raises(NotImplementedError, match="must be bfloat16, with heads 64 or 128 wide"):
         attending.forward(q, k, v, *at, "gpu")
     with pytest.raises(ValueError, match="columns of 64 up to 256"):
         gpu.Config(columns=320)
