@@ -2,11 +2,13 @@
 
 A job is a list of parts, and a part is a file with the function that makes it: what is there is not made again, so a
 script that was interrupted goes on by the same command. On an accelerator, which belongs to one process, jobs run one after
-another in this process. On CPUs each runs in a process of its own, with all cores or with a share of them: a
-miniature's operations are too small to be spread over cores, and three experts that know nothing of each other are not.
+another in this process. On CPUs each runs in a process of its own, with all cores or with a share of them. A miniature's
+operations are too small to be spread over threads: three experts that know nothing of each other run side by side, and
+a job that has the machine for itself splits its rows over two CPU devices, as a large run does over many chips.
 """
 
 import io
+import math
 import multiprocessing
 import os
 import signal
@@ -23,10 +25,13 @@ from typing import Any, TextIO
 import psutil
 
 from experiments import cli
+from glm_jax.config import Mesh, Run
 
 Part = tuple[str, Callable[[], Any]]  # the file, in the run's folder, that is there when it is done; what makes it
 
 MOST_AT_ONCE = 3  # jobs that share the cores: each holds the memory of a model in training
+CPU_DEVICES = 2  # of a job that has them all, whatever their number: a run's figures must not depend on it
+PROGRAMS_GB = 0.8  # resident memory of a process above which it forgets the programs of its last part
 POLL_SECONDS = 0.5
 
 
@@ -38,6 +43,7 @@ class Job:
     parts: tuple[Part, ...]  # functions of modules and partials of them: they travel to another process
     needs: tuple[str, ...] = ()
     whole: bool = True  # takes all cores; else runs beside others on a share of them
+    devices: int = 1  # that the cores stand for
 
     def open(self, folder: Path) -> bool:
         """Whether a part is still to be made."""
@@ -57,6 +63,11 @@ def run(jobs: Sequence[Job], folder: Path, tick: Callable[[], Any] = lambda: Non
             return
         for job in _in_order(jobs):
             _work(job, folder, tick)
+
+
+def cpu_devices(run: Run, *rows: int) -> int:
+    """`devices` of a job with microbatches of `rows`: `CPU_DEVICES` where they divide these and the run says nothing else."""
+    return math.gcd(CPU_DEVICES, run.model.D, *rows) if run.mesh == Mesh() else 1
 
 
 def memory_gb() -> float:
@@ -91,7 +102,8 @@ def _work(job: Job, folder: Path, tick: Callable[[], Any] = lambda: None) -> Non
         there = (folder / done).exists()
         print(f"{done.removesuffix('.json')}{'  is there' if there else ''}", file=sys.stderr, flush=True)
         if not there:
-            jax.clear_caches()  # programs of the part before hold memory, and few of them will be called again
+            if psutil.Process().memory_info().rss > PROGRAMS_GB * 1e9:
+                jax.clear_caches()
             work()
             tick()
 
@@ -134,8 +146,8 @@ class _Processes:
         if not job.open(self._folder):
             self._done.add(job.name)
             return
-        threads = self._cores if job.whole else max(1, self._cores // self._at_once)
-        arguments = (partial(_work, job, self._folder), threads, "" if job.whole else job.name)
+        threads = self._cores if job.whole else self._cores // self._at_once
+        arguments = (partial(_work, job, self._folder), threads, job.devices, "" if job.whole else job.name)
         process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments, name=job.name)
         process.start()
         self._running.append((job, process))
@@ -154,11 +166,13 @@ class _Processes:
             self._done.add(job.name)
 
 
-def _child(work: Callable[[], None], threads: int, name: str) -> None:
-    """A job's process: `threads` for jax's computations, lines that begin with `name`, and an end when its parent ends."""
+def _child(work: Callable[[], None], threads: int, devices: int, name: str) -> None:
+    """A job's process: `threads` for jax's computations on CPU `devices`, lines that begin with `name`, and an end when its
+    parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["PJRT_NPROC"] = str(threads)
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
     if name:
         sys.stdout, sys.stderr = _Named(name, sys.stdout), _Named(name, sys.stderr)
     cli.leave_after(work)

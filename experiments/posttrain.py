@@ -58,7 +58,9 @@ def plan(run: Run, folder: Path, needs: tuple[str, ...] = ()) -> list[Job]:
         ("unified/sft/result.json", partial(unify.fine_tune, run, folder)),
         ("unified/rl/result.json", partial(unify.reinforce, run, folder)),
     ]
-    made.append(Job("unified", tuple(unified), tuple(one.domain for one in experts)))
+    rows = (run.post.unify.sft.microbatch_rows, run.post.unify.grpo.microbatch_rows)
+    domains = tuple(one.domain for one in experts)
+    made.append(Job("unified", tuple(unified), domains, devices=jobs.cpu_devices(run, *rows)))
     for name in ("sft", "rl"):
         parts = [score(folder, f"unified/{name}", one.domain, level, mode) for one in experts for mode in (True, False)]
         made.append(Job(f"unified {name} scores", tuple(parts), ("unified",), whole=False))

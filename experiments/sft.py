@@ -132,7 +132,8 @@ def as_stage(run: Run, settings: SFT, rows: int, rope_theta: float) -> tuple[Run
     schedule = dataclasses.replace(
         run.schedule, kind="cosine", peak_lr=settings.peak_lr, final_lr=settings.final_lr,
         warmup_tokens=round(settings.warmup_share * tokens), batch_tokens_start=batch_tokens,
-        batch_tokens=batch_tokens, batch_ramp_tokens=0, mtp_switch_tokens=0, bias_rate=0.0, bias_freeze_tokens=0,
+        batch_tokens=batch_tokens, batch_ramp_tokens=0, mtp_weight=settings.mtp_weight, mtp_switch_tokens=0,
+        bias_rate=0.0, bias_freeze_tokens=0,
     )  # fmt: skip
     every = max(1, batches // (settings.evals + 1))
     loop = dataclasses.replace(run.loop, checkpoint_every=10**9, eval_every=every)

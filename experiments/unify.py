@@ -3,7 +3,7 @@
     python -m experiments.unify --from runs/a                  # RUN/*/rl -> RUN/unified/sft -> RUN/unified/rl
 
 Every expert answers fresh prompts of its domain; rejection sampling keeps what is well formed, long enough, not
-repetitive and verified (counts per reason in RUN/unified/rejection.json). Half of the kept answers are told again without
+repetitive and verified (counts per reason in RUN/unified/rejection.json). A share of the kept answers is told again without
 reasoning. The mid-trained model, not an expert, is fine-tuned on them, and GRPO goes on with tasks of all domains in
 both modes.
 """
@@ -59,13 +59,13 @@ def answers_part(run: Run, one: Expert, folder: Path) -> list[tuple[str, Callabl
 
 
 def ask(run: Run, one: Expert, folder: Path) -> None:
-    """Write what the expert answers to fresh prompts and rejection sampling accepts, half of it told again in direct mode."""
+    """Write what the expert answers to fresh prompts and rejection sampling accepts, a share of it told again in direct mode."""
     from glm_jax.train import checkpoint
 
     unify, last = run.post.unify, last_rl(folder / one.domain)
     prompts = max(1, round(unify.prompts * one.unify_share))
     found = answers(run, one, last, unify.grpo.levels, prompts)
-    dialogues = [dialogue.whole() for dialogue in told(found, unify.direct_share)]
+    dialogues = [dialogue.whole() for dialogue in told(found, one.direct_share)]
     described = {"from": last.name, "expert": _fingerprint(last), **found.record()}
     checkpoint.write_json(folder / answers_file(one), {**described, "dialogues": dialogues})
 

@@ -59,7 +59,7 @@ def posttrain() -> Posttrain:
     """
     sft = SFT(
         dialogues=3200, held_out=192, slips=0.3, epochs=2, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
-        final_lr=4e-4, optim=Optim(ns_dtype="float32"),
+        final_lr=4e-4, mtp_weight=0.0, optim=Optim(ns_dtype="float32"),
     )  # fmt: skip
     grpo = GRPO(
         steps=30, levels=(1, 2), groups=8, oversample=4, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
@@ -74,12 +74,12 @@ def posttrain() -> Posttrain:
     )  # fmt: skip
     return Posttrain(
         experts=(
-            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=1.5),
-            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.75),
-            Expert("chat", sft=replace(sft, dialogues=4500, epochs=2.5), sft_levels=(1, 2), grpo=chat, unify_share=2.5),
+            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=3, direct_share=0.2),
+            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.5),
+            Expert("chat", sft=replace(sft, dialogues=4500, epochs=2.5), sft_levels=(1, 2), grpo=chat, unify_share=3),
         ),
         unify=Unify(
-            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.5),
+            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2, mtp_weight=0.1),
             grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),

@@ -27,6 +27,7 @@ class SFT:
     final_lr: float = 2e-6
     warmup_share: float = 0.05  # of the tokens
     evals: int = 4  # looks at the validation loss on the way
+    mtp_weight: float = 0.1  # of the MTP loss; 0 leaves its layer out of the step
     optim: Optim = Optim()
 
     def __post_init__(self):
@@ -35,6 +36,7 @@ class SFT:
         require(self.epochs > 0, f"epochs={self.epochs} must be positive")
         for name in ("thinking_share", "slips"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in 0..1")
+        require(self.mtp_weight >= 0, f"mtp_weight={self.mtp_weight} must not be negative")
         require(0 <= self.warmup_share < 1, f"warmup_share={self.warmup_share} must lie in [0, 1)")
         require(
             self.batch_rows % self.microbatch_rows == 0,
@@ -110,9 +112,16 @@ class Expert:
     sft_levels: tuple[int, ...] = (1,)
     grpo: GRPO = GRPO()
     unify_share: float = 1.0  # its prompts in unification, as a multiple of unify.prompts
+    direct_share: float = (
+        0.5  # of its answers there, retold without reasoning: a task that must be reasoned out wants fewer
+    )
 
     def __post_init__(self):
         require(self.unify_share > 0, f"unify_share={self.unify_share} of expert {self.domain} must be positive")
+        require(
+            0 <= self.direct_share <= 1,
+            f"direct_share={self.direct_share} of expert {self.domain} must lie in 0..1",
+        )
 
 
 @dataclass(frozen=True)
@@ -123,14 +132,12 @@ class Unify:
     answers: int = 4  # sampled for each prompt
     keep: int = 1  # accepted answers kept of each prompt
     min_answer_tokens: int = 2
-    direct_share: float = 0.5  # of the accepted answers, retold without reasoning
     sft: SFT = SFT()
     grpo: GRPO = GRPO()
 
     def __post_init__(self):
         for name in ("prompts", "answers", "keep"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(0 <= self.direct_share <= 1, f"direct_share={self.direct_share} must lie in 0..1")
         require(self.sft.slips == 0, f"slips={self.sft.slips} in unify.sft: its teachers are the experts; set it to 0")
 
 

@@ -173,11 +173,11 @@ class Session:
     def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
         """Read new tokens and draw every row's first one. In the first turn equal texts are read once, and what all texts
         begin with is kept once for all rows."""
-        rows, source_B, cache = self._rows, None, self._cache
+        rows, source_B, begun, common = self._rows, None, None, 0
         alive_B = np.zeros(rows, bool)
         alive_B[: len(texts)] = [len(text) > 0 for text in texts]
-        if cache is None:
-            begun, common = None, _begin_alike(texts)
+        if self._cache is None:
+            common = _begin_alike(texts)
             if common:
                 ids_UT = np.repeat(np.array([texts[0][:common]], np.int32), _batch_rows(1), axis=0)
                 begun = _read_beginning(self._cfg, self._params, self._bias_LE, ids_UT)
@@ -187,18 +187,17 @@ class Session:
                 source_B = np.zeros(rows, np.int32)
                 source_B[: len(texts)] = [distinct[tuple(text)] for text in texts]
                 rows, texts = _batch_rows(len(distinct)), [list(text) for text in distinct]
-            cache = model.empty_cache(self._cfg, rows, self._tokens - common, stacked=False, begun=begun)
         lengths_U = np.zeros(rows, np.int32)
         lengths_U[: len(texts)] = [len(text) for text in texts]
         ids_UT = np.zeros((rows, _bucket(int(lengths_U.max()), 16)), np.int32)
         for row, text in enumerate(texts):
             ids_UT[row, : len(text)] = text
         new = _bucket(settings.max_new_tokens, 16)
-        prefill = _begin if self._cache is None else _go_on
-        return prefill(
-            self._cfg, new, self._params, self._bias_LE, cache, (ids_UT, lengths_U),
-            (self._uids_B, alive_B, source_B), _rules(settings),
-        )  # fmt: skip
+        by = self._params, self._bias_LE
+        what = (ids_UT, lengths_U), (self._uids_B, alive_B, source_B), _rules(settings)
+        if self._cache is None:
+            return _begin(self._cfg, (new, self._tokens - common), *by, begun, *what)
+        return _go_on(self._cfg, new, *by, self._cache, *what)
 
     def _check(self, given: Sequence[Sequence[int]], settings: Sampling) -> None:
         for row, (ids, held) in enumerate(zip(given, self._held, strict=True)):
@@ -228,6 +227,17 @@ def _read_beginning(cfg: Model, params: model.GLM, router_bias_LE: Array, ids_BT
     aux = model.hidden(cfg, params, router_bias_LE, ids_BT, cache=cache)
     assert aux.cache is not None  # one went in
     return aux.cache
+
+
+@partial(jax.jit, static_argnames=("cfg", "room"))
+def _begin(
+    cfg: Model, room: tuple[int, int], params: model.GLM, router_bias_LE: Array, begun: model.Cache | None,
+    read: tuple[Array, Array], rows: tuple[Array, Array, Array | None], rules: _Rules,
+) -> _State:  # fmt: skip
+    """`_prefill` into a new cache; room: tokens to be drawn, and the most that a row holds behind those of `begun`."""
+    new, capacity = room
+    cache = model.empty_cache(cfg, len(read[0]), capacity, stacked=False, begun=begun)
+    return _prefill(cfg, new, params, router_bias_LE, cache, read, rows, rules)
 
 
 def _prefill(
@@ -265,7 +275,6 @@ def _prefill(
     return _emit(state, logits_BV, rules)
 
 
-_begin = jax.jit(_prefill, static_argnames=("cfg", "new"))
 _go_on = jax.jit(_prefill, static_argnames=("cfg", "new"), donate_argnames="cache")
 
 

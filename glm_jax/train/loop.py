@@ -121,7 +121,7 @@ class _Trainer:
             self._evaluate(evaluate, "start")
         pending = None
         for planned in self.plan.since(self.step):
-            batch, knobs = self._batch(planned.microbatches), _knobs(planned)
+            batch, knobs = self._batch(planned), _knobs(planned)
             self.state, fetched = train_step(
                 self.state, batch, knobs, cfg=self.cfg, tx=self.tx, sequence_balance=self.run.loss.sequence_balance
             )
@@ -146,9 +146,13 @@ class _Trainer:
         if self.log:
             self.log.close()
 
-    def _batch(self, count: int) -> dict[str, jax.Array]:
-        """`count` microbatches, stacked and padded to the most that any step of the stage has: one compiled shape."""
-        return stacked([next(self.batches) for _ in range(count)], self.most_microbatches)
+    def _batch(self, planned: Step) -> dict[str, jax.Array]:
+        """A step's microbatches, stacked and padded to the most that any step of the stage has: one compiled shape.
+        Where the MTP loss has no weight they go without its targets, and the step without the MTP layer."""
+        rows = [next(self.batches) for _ in range(planned.microbatches)]
+        if not planned.mtp_weight:
+            rows = [{name: z for name, z in one.items() if not name.startswith("mtp_")} for one in rows]
+        return stacked(rows, self.most_microbatches)
 
     def _report(self, pending: tuple | None) -> None:
         """Fetch and log a step that has been dispatched; stop at a loss that is no number."""

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import jobs
+from experiments import jobs, recipes
 from experiments.jobs import Job
-from glm_jax.config import ConfigError
+from glm_jax.config import ConfigError, replace
 from glm_jax.train import checkpoint
 
 
 def write(path: Path, text: str = "") -> None:
-    path.write_text(text or f"{time.monotonic()} {os.getpid()} {os.environ.get('PJRT_NPROC')}")
+    told = (time.monotonic(), os.getpid(), os.environ.get("PJRT_NPROC"), os.environ.get("JAX_NUM_CPU_DEVICES"))
+    path.write_text(text or " ".join(map(str, told)))
 
 
 def wait_for(own: Path, other: Path) -> None:
@@ -46,7 +47,8 @@ def two_cores(monkeypatch):
 
 
 def job(folder: Path, name: str, *needs: str, work=None, whole: bool = False) -> Job:
-    return Job(name, ((f"{name}.txt", work or partial(write, folder / f"{name}.txt")),), needs, whole)
+    part = f"{name}.txt", work or partial(write, folder / f"{name}.txt")
+    return Job(name, (part,), needs, whole, devices=2 if whole else 1)
 
 
 def test_jobs_share_the_machine_and_wait_for_what_they_need(tmp_path, two_cores):
@@ -62,7 +64,14 @@ def test_jobs_share_the_machine_and_wait_for_what_they_need(tmp_path, two_cores)
     assert float(last[0]) > max(float(a[0]), float(b[0]))
     assert len({os.getpid(), *(int(told[1]) for told in (a, b, last))}) == 4
     assert (a[2], b[2], last[2]) == ("1", "1", "2")  # threads
+    assert (a[3], b[3], last[3]) == ("1", "1", "2")  # devices
     assert max(ticks) > min(ticks) > 0  # they count
+
+
+def test_rows_are_split_over_devices_where_they_can_be():
+    run = recipes.get("tiny")
+    assert [jobs.cpu_devices(run, *rows) for rows in ((8, 4), (8, 3), (1,))] == [2, 1, 1]
+    assert jobs.cpu_devices(replace(run, **{"mesh.expert": 4}), 8) == 1  # the run says how
 
 
 def test_what_is_there_is_not_made_again(tmp_path, two_cores):

@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from itertools import chain, pairwise
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import grpo
+from experiments import grpo, sft
 from glm_jax import envs, losses, model
-from glm_jax.config import GRPO, ConfigError, Model, Run, Schedule, Stage
+from glm_jax.config import GRPO, SFT, ConfigError, Model, Run, Schedule, Stage, replace
 from glm_jax.data import dialogues
 from glm_jax.data.dialogues import Dialogue
 from glm_jax.data.input import Batch
@@ -590,22 +591,30 @@ def test_the_second_stage_has_the_problems_that_only_more_attempts_solve():
 
 @pytest.fixture
 def start(tmp_path, weights, tokenizer):
-    """The stage folder of a fine-tuned model."""
-    params, router_bias_LE = weights
+    """A run, its RL's settings, and the stage folder of a fine-tuned model."""
     settings = dataclasses.replace(SETTINGS, steps=4, hard_share=0.0, checkpoint_every=1, rounds=1, peak_lr=1e-3)
-    schedule = Schedule(batch_tokens_start=1024, batch_tokens=1024, batch_ramp_tokens=0)
-    stage = Stage("sft", 1024, 1024, CFG.rope_theta, 1, packing="best_fit", isolate=True)
-    run = Run("lottery", CFG, (), (stage,), schedule=schedule)
     folder = tmp_path / "lottery" / "sft"
-    task = Lottery().task(0, 1)
-    dialogue = Dialogue((*task.messages, *Agent().solve(task)), task.tools)
-    dialogues.prepare(folder / "data", [dialogue], tokenizer, "sft", 1024)
+    return fine_tuned(folder, CFG, weights, tokenizer), settings, folder
+
+
+def fine_tuned(folder: Path, cfg: Model, weights: tuple[model.GLM, jax.Array], tokenizer) -> Run:
+    """Write a stage folder with `weights` in it; returns its run."""
+    schedule = Schedule(batch_tokens_start=1024, batch_tokens=1024, batch_ramp_tokens=0)
+    stage = Stage("sft", 1024, 1024, cfg.rope_theta, 1, packing="best_fit", isolate=True)
+    run = Run("lottery", cfg, (), (stage,), schedule=schedule)
+    dialogues.prepare(folder / "data", [right_answer()], tokenizer, "sft", 1024)
     checkpoint.save_run(folder, run, "sft", folder / "data")
     saved = checkpoint.Checkpoints(folder)
-    tx = optimizer(run.optim, model.specs(CFG))
+    params, router_bias_LE = weights
+    tx = optimizer(run.optim, model.specs(cfg))
     saved.save(0, State(jnp.int32(0), params, router_bias_LE, tx.init(params)), {})
     saved.close()
-    return run, settings, folder
+    return run
+
+
+def right_answer() -> Dialogue:
+    task = Lottery().task(0, 1)
+    return Dialogue((*task.messages, *Agent().solve(task)), task.tools)
 
 
 @pytest.mark.slow
@@ -645,3 +654,16 @@ def test_too_few_hard_problems_are_told_and_not_learnt_by_heart(start, capsys):
     assert "going on with fresh tasks" in capsys.readouterr().out
     before, after = (checkpoint.load_params(path)[1] for path in (folder, folder.parent / "rl"))
     jax.tree.map(np.testing.assert_array_equal, before, after)  # no group's rewards differ: nothing is learnt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_fine_tuning_trains_the_mtp_layer_where_its_loss_has_a_weight(tmp_path, tokenizer, weight):
+    cfg, folder = replace(CFG, mtp_layers=1), tmp_path / "base"
+    run = fine_tuned(folder, cfg, model.init(cfg, jax.random.key(0)), tokenizer)
+    settings = SFT(seq_len=1024, microbatch_rows=1, batch_rows=1, epochs=2, mtp_weight=weight)
+    sft.train(run, settings, [right_answer()], [], tmp_path / "sft", folder)
+    steps = metrics.read(tmp_path / "sft" / "log.jsonl", "step")
+    assert len(steps) == 2 and all(record["loss"] > 0 for record in steps)
+    for record in steps:
+        assert (record["mtp_loss"] > 0) == (sum(record["load"][-1]) > 0) == (weight > 0)
