@@ -86,7 +86,7 @@ class _Clock:
     def tick(self) -> None:
         """To be called while there is work: where nothing was left to do, nothing is added."""
         self._worked = True
-        self._peak = max(self._peak, jobs.memory_gb())
+        self._peak = max(self._peak, jobs.memory_gb(), cli.peak_rss_gb())
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 

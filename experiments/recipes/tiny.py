@@ -75,11 +75,11 @@ def posttrain() -> Posttrain:
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=3, direct_share=0.2),
-            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.5),
+            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.75, direct_share=0.4),
             Expert("chat", sft=replace(sft, dialogues=4500, epochs=2.5), sft_levels=(1, 2), grpo=chat, unify_share=3),
         ),
         unify=Unify(
-            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2, mtp_weight=0.1),
+            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.25),
             grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
