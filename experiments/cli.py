@@ -211,11 +211,9 @@ def _explain(error: Exception) -> tuple[int | None, str]:
     """(exit code, message) of an error that the user can act on; (None, "") of one that needs its traceback."""
     if isinstance(error, ConfigError):
         return FAILURE if _disk_full(error) else USER_ERROR, str(error)
-    if _disk_full(error):
-        return (
-            FAILURE,
-            "disk full: the last checkpoint that was complete is intact; free space and continue with the same command",
-        )
+    if told := _disk_full(error):
+        intact = "the last checkpoint that was complete is intact; free space and continue with the same command"
+        return FAILURE, f"disk full: {told}; {intact}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):
         return USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error)
     if isinstance(error, FloatingPointError):
@@ -223,13 +221,14 @@ def _explain(error: Exception) -> tuple[int | None, str]:
     return None, ""
 
 
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether `error` or what caused it is a full disk; tensorstore and orbax report it as text inside a ValueError."""
+def _disk_full(error: BaseException | None) -> str:
+    """What `error`, or what caused it, says of a full disk, "" if it is something else; tensorstore and orbax report it as
+    text inside a ValueError."""
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            return True
+            return str(error)
         error = error.__cause__ or error.__context__
-    return False
+    return ""
 
 
 def _leave(code: int, message: str) -> NoReturn:

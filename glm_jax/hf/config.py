@@ -68,9 +68,7 @@ def read(folder: Path) -> Published:
     if dtype not in get_args(DType):
         raise ConfigError(f"{path}: dtype is {dtype!r}; known: {', '.join(get_args(DType))}")
     mtp_layers = _get(there, "num_nextn_predict_layers", None)
-    quantised = there.get("quantization_config") or {}
-    rows, columns = quantised.get("weight_block_size") or FP8_BLOCK
-    return Published(_model(there, path, mtp_layers, dtype), mtp_layers, dtype, (rows, columns))
+    return Published(_model(there, path, mtp_layers, dtype), mtp_layers, dtype, _block(there, path))
 
 
 def _model(there: dict[str, Any], path: Path, mtp_layers: int | None, dtype: DType) -> Model:
@@ -79,20 +77,45 @@ def _model(there: dict[str, Any], path: Path, mtp_layers: int | None, dtype: DTy
         raise ConfigError(f"{path} does not name {', '.join(missing)}")
     fields = {field: _get(there, name, None) for field, name in NAMES.items()}
     fields |= {field: there.get(name, absent) for field, (name, absent) in OPTIONAL.items()}
-    rope = {**(there.get("rope_scaling") or {}), **(there.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(
-            f"{path}: rope_type is {kind!r}, but {MODEL_TYPE} is published with unscaled RoPE ('default')"
-        )
-    return Model(
-        **fields,
-        H=there.get("head_dim") or fields["D"] // fields["N"],
-        mtp_layers=mtp_layers or 0,
-        rope_theta=float(rope.get("rope_theta", there.get("rope_theta", THETA))),
-        rope_fraction=rope.get("partial_rotary_factor", there.get("partial_rotary_factor", FRACTION)),
-        dtype=dtype,
-    )
+    rope: dict[str, Any] = {}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        rope |= (said := _object(there, path, spelling))
+        kind = said.get("rope_type", said.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(
+                f"{path}: rope_type is {kind!r}, but {MODEL_TYPE} is published with unscaled RoPE ('default')"
+            )
+    fields |= {
+        "mtp_layers": mtp_layers or 0,
+        "rope_theta": rope.get("rope_theta", there.get("rope_theta", THETA)),
+        "rope_fraction": rope.get("partial_rotary_factor", there.get("partial_rotary_factor", FRACTION)),
+    }
+    if there.get("head_dim"):
+        fields["H"] = there["head_dim"]
+    for field, value in fields.items():
+        kind = Model.__annotations__[field]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            name = NAMES.get(field) or OPTIONAL.get(field, (field,))[0]
+            raise ConfigError(f"{path}: {name} is {value!r}, where {kind.__name__} is expected")
+    H = fields["D"] // max(fields["N"], 1)
+    return Model(**{"H": H, **fields, "rope_theta": float(fields["rope_theta"])}, dtype=dtype)
+
+
+def _block(there: dict[str, Any], path: Path) -> tuple[int, int]:
+    """(rows, columns) of the blocks of a block-wise FP8 checkpoint."""
+    match _object(there, path, "quantization_config").get("weight_block_size") or FP8_BLOCK:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            raise ConfigError(f"{path}: weight_block_size is {other!r}, where two positive numbers are expected")
+
+
+def _object(there: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
+    """A nested object, {} where there is none."""
+    value = there.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {name} is {value!r}, where an object is expected")
+    return value
 
 
 def _get(there: dict[str, Any], name: str, absent: Any) -> Any:

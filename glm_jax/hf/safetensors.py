@@ -6,9 +6,11 @@ offsets, then the data. Tests read what is written here with that package, and t
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +78,9 @@ def entries(folder: Path) -> dict[str, Entry]:
         return {entry.name: entry for entry in header(folder / SINGLE)}
     if not index.is_file():
         raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a Hugging Face checkpoint")
-    named = _json(index.read_bytes(), index).get("weight_map", {})
+    named = _json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(named, dict):
+        raise ConfigError(f"{index} has no weight_map that says which file holds each tensor; download it again")
     absent = sorted({file for file in named.values() if not (folder / file).is_file()})
     if absent:
         raise ConfigError(f"{index} names {len(absent)} files that are not there: {shown(absent)}; download them")
@@ -124,14 +128,20 @@ def write(
         described[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        yield lambda block: _put(f, block)
-        missing = LENGTH_BYTES + len(text) + end - f.tell()
-        assert missing == 0, f"{path}: {missing} bytes of its tensors have not been given"
-        f.flush()
-        os.fsync(f.fileno())
+    temporary, size = path.with_name(path.name + ".tmp"), LENGTH_BYTES + len(text) + end
+    try:
+        with open(temporary, "wb") as f:
+            f.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            yield lambda block: _put(f, block)
+            assert f.tell() == size, f"{path}: {size - f.tell()} bytes of its tensors have not been given"
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        told = f"{error.strerror} for its {size} bytes ({free} are free now); make room, or name another disk"
+        raise OSError(error.errno, told, str(path)) from None
     temporary.replace(path)
 
 

@@ -20,6 +20,7 @@ from glm_jax.train import state
 from glm_jax.train.state import State
 
 RUN_FILE = "run.json"
+CHUNK_BYTES = 2**25  # of an array, at most, in one piece: whoever reads a part of a piece decodes it whole
 CONTROL = "control"  # name of a stage folder that is only compared with: never the latest of a run
 
 
@@ -36,7 +37,8 @@ class Checkpoints:
 
     def save(self, step: int, now: State, meta: dict[str, Any]) -> None:
         """Write `now` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(now), meta=ocp.args.JsonSave(meta))
+        how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), now)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(now, save_args=how), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:

@@ -5,6 +5,7 @@ by tensorstore where orbax looks for them. What comes out is an orbax checkpoint
 (`checkpoint.Checkpoints` restores it), and any of ours can be read the same way.
 """
 
+import itertools
 import logging
 import math
 import shutil
@@ -23,34 +24,51 @@ from glm_jax.train import checkpoint
 
 STEP = 0  # of a converted checkpoint
 PARAMS, ROUTER_BIAS = "params", "router_bias_LE"
-LARGE_CHUNK = 2**27  # bytes: a part of a larger chunk is not read alone
+SMALL_CHUNK = 2**24  # bytes: parts of a larger chunk would decode it again and again
 _COMPRESSOR = {"id": "zstd", "level": 1}  # as orbax has it
 
 
 class Stored:
-    """An array of a checkpoint, on disk: a part is read when it is asked for."""
+    """An array of a checkpoint, on disk: a part is read when it is asked for. `Whole` reads it where its chunks are large."""
 
-    def __init__(self, store: ts.TensorStore):
-        self._store = store
+    def __init__(self, store: ts.TensorStore, whole: "Whole"):
+        self._store, self._whole = store, whole
         self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        if math.prod(_chunk(self._store)) * self.dtype.itemsize > SMALL_CHUNK:
+            return self._whole.of(self._store)[part]
         return self._store[part].read().result()
+
+
+class Whole:
+    """All of the array that was asked for last, in memory: it is read chunk by chunk, and no chunk twice."""
+
+    def __init__(self):
+        self._store, self._values = None, np.empty(0)
+
+    def of(self, store: ts.TensorStore) -> np.ndarray:
+        if store is not self._store:
+            self._store, self._values = None, np.empty(0)  # the one before goes first
+            self._values = np.empty(store.shape, store.dtype.numpy_dtype)
+            chunk = _chunk(store)
+            for index in itertools.product(*(range(0, n, step) for n, step in zip(store.shape, chunk, strict=True))):
+                part = tuple(slice(i, min(i + step, n)) for i, step, n in zip(index, chunk, store.shape, strict=True))
+                self._values[part] = store[part].read().result()
+            self._store = store
+        return self._values
 
 
 def arrays(folder: Path, cfg: Model) -> dict[str, Stored]:
     """Dotted path -> array of the parameters, and `router_bias_LE`, in the last checkpoint of a stage's folder.
 
-    Training writes each device's shard as one chunk, which is read whole for any part of it. Of such arrays as many
-    bytes are kept as the largest has, so that nothing is read twice where they are asked for one after the other.
+    Training's chunks lie across the parts of an array that are asked for: of these arrays one at a time is in memory.
     """
     state = _state(folder, checkpoint.committed(folder)[-1])
     names = {path: f"{PARAMS}.{path}" for path, _ in spec.leaves(model.specs(cfg))}
     names |= {ROUTER_BIAS: ROUTER_BIAS} if cfg.router_rows else {}
-    stores = {path: _open(state, name) for path, name in names.items()}
-    kept = max(_bytes(store.shape, store) * (_bytes(_chunk(store), store) > LARGE_CHUNK) for store in stores.values())
-    pool = {"cache_pool": {"total_bytes_limit": kept}}
-    return {path: Stored(_open(state, name, pool)) for path, name in names.items()}
+    whole = Whole()
+    return {path: Stored(_open(state, name), whole) for path, name in names.items()}
 
 
 class Writer:
@@ -109,12 +127,12 @@ def _skeleton(folder: Path, cfg: Model, dtypes: Mapping[str, np.dtype]) -> None:
         absl.setLevel(before)
 
 
-def _open(state: Path, name: str, context: dict[str, Any] | None = None) -> ts.TensorStore:
+def _open(state: Path, name: str) -> ts.TensorStore:
     """An array, to be read: in a folder of its own, or in the one database of all that orbax makes while training."""
     kvstore = _files(state / name)
     if not (state / name).is_dir():
         kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
-    return ts.open({"driver": "zarr", "kvstore": kvstore, "context": context or {}}, open=True, read=True).result()
+    return ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
 
 
 def _state(folder: Path, step: int) -> Path:
@@ -128,7 +146,3 @@ def _files(folder: Path) -> dict[str, str]:
 def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
     shape = store.chunk_layout.read_chunk.shape
     return tuple(whole if n is None else n for n, whole in zip(shape or store.shape, store.shape, strict=True))
-
-
-def _bytes(shape: tuple[int, ...], store: ts.TensorStore) -> int:
-    return math.prod(shape) * store.dtype.numpy_dtype.itemsize

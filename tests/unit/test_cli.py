@@ -158,7 +158,11 @@ def raised(error: BaseException) -> BaseException:
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x/y"), 2, "No such file or directory: x/y"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "disk full"),
         (raised(OSError(errno.ENOSPC, "No space left on device")), 1, "disk full"),
-        (ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device"), 1, "disk full"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: write of x/y: No space left on device"),
+            1,
+            "disk full: RESOURCE_EXHAUSTED: write of x/y",
+        ),
         (FloatingPointError("step 12: loss is nan"), 1, "error: step 12: loss is nan"),
         (KeyboardInterrupt(), 130, "interrupted; continue with the same command"),
     ],

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 
 import jax
@@ -121,17 +122,23 @@ def test_a_checkpoint_of_training_is_exported(tmp_path):
     np.testing.assert_array_equal(bias, router_bias_LE)
 
 
-def test_large_chunks_are_kept_while_their_array_is_read(tmp_path, monkeypatch):
+def test_arrays_of_large_chunks_are_read_once_and_held_one_at_a_time(tmp_path, monkeypatch):
+    """As training writes them: several chunks, here of two kilobytes, none of them a block of ours."""
     params, router_bias_LE = make.weights(CFG, 5)
     now = state.State(jnp.zeros((), jnp.int32), params, jnp.asarray(router_bias_LE), ())
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2000)
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(0, now, {})
     checkpoints.close()
-    monkeypatch.setattr(streamed, "LARGE_CHUNK", 1000)
-    for path, array in streamed.arrays(tmp_path, CFG).items():
-        whole = dict(spec.leaves(params)).get(path, router_bias_LE)
-        last = tuple(slice(n - 1, n) for n in array.shape)
-        np.testing.assert_array_equal(array[last], np.asarray(whole)[last])
+    monkeypatch.setattr(streamed, "SMALL_CHUNK", 1000)
+    arrays = streamed.arrays(tmp_path, CFG)
+    assert streamed._chunk(arrays["moe.ffn.gate_EDM"]._store) != arrays["moe.ffn.gate_EDM"].shape
+    for path, array in arrays.items():
+        whole = np.asarray(dict(spec.leaves(params)).get(path, router_bias_LE))
+        part = (slice(whole.shape[0] - 1, whole.shape[0]), *(slice(0, n) for n in whole.shape[1:]))
+        np.testing.assert_array_equal(array[part], whole[part])
+        held = math.prod(streamed._chunk(array._store)) * array.dtype.itemsize > 1000
+        assert np.shares_memory(array[part], array[part]) == held  # views of what was read once
 
 
 def test_what_is_refused(published, tmp_path):
