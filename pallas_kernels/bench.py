@@ -23,6 +23,7 @@ from jax import Array
 import pallas_kernels
 
 TAGS = ("bench", "chip")
+FLUSH_BYTES = 2**28  # more than a GPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ def normal(dtype: Any, *shapes: tuple[int, ...], seed: int = 0) -> tuple[Array, 
     """Standard normal arrays."""
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
+
+
+@jax.jit
+def flush() -> Array:
+    """Fills a GPU's cache with something else: what to do between two measurements there."""
+    return jnp.ones(FLUSH_BYTES, jnp.int8)
 
 
 def seconds_in_turns(
