@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, only_on_tpu
 from pallas_kernels.decode_attention import IMPLEMENTATIONS, decode_attention
 from pallas_kernels.decode_attention.cases import CASES, Case
 
@@ -28,10 +28,7 @@ def paged_attention(q_BTNH: Array, k_PKZH: Array, v_PKZH: Array, pages_BC: Array
     """jax's, which wants pages as [K, P, Z, H]: they are turned here, and count in its memory."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
-    from pallas_kernels.choose import platform
-
-    if platform() != "tpu":
-        raise NotImplementedError("paged attention is for TPU")
+    only_on_tpu("paged attention")
     q_BNH, (k_KPZH, v_KPZH) = q_BTNH[:, 0] * q_BTNH.shape[-1] ** -0.5, (z.swapaxes(0, 1) for z in (k_PKZH, v_PKZH))
     return paged_attention(q_BNH, k_KPZH, v_KPZH, lengths_B, pages_BC, pages_per_compute_block=4)[:, None]
 
