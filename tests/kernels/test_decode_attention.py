@@ -15,21 +15,21 @@ LENGTHS = [70, 0, 1, 33, 96]  # full to the last slot, empty, one token, a ragge
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}  # unit normals; bfloat16 rounds probabilities and results to 8 bits
 
 
-def problem(case: Case, dtype="float32", seed=0):
+def problem(case: Case, dtype="float32", seed=0, lengths=LENGTHS):
     """A pool in which every slot that no row owns holds NaN, tables that end in such a page, and two rows that share one."""
     rng = np.random.default_rng(seed)
-    pages, K, Z, C, H = 24, case.K, case.Z, case.C, case.H
-    table, free = np.full((len(LENGTHS), C), pages - 1), iter(rng.permutation(pages - 1))
-    for b, length in enumerate(LENGTHS):
+    pages, K, Z, C, H = case.B * case.C + 1, case.K, case.Z, case.C, case.H
+    table, free = np.full((case.B, C), pages - 1), iter(rng.permutation(pages - 1))
+    for b, length in enumerate(lengths):
         used = -(-length // Z)
         table[b, :used] = [next(free) for _ in range(used)]
     table[4, 0] = table[0, 0]
     k, v = (np.full((pages, K, Z, H), np.nan) for _ in range(2))
-    for b, length in enumerate(LENGTHS):
+    for b, length in enumerate(lengths):
         for s in range(length):
             k[table[b, s // Z], :, s % Z], v[table[b, s // Z], :, s % Z] = rng.normal(size=(2, K, H))
     q = rng.normal(size=(case.B, case.T, case.N, H))
-    return *(jnp.asarray(z, dtype) for z in (q, k, v)), jnp.asarray(table), jnp.asarray(LENGTHS)
+    return *(jnp.asarray(z, dtype) for z in (q, k, v)), jnp.asarray(table), jnp.asarray(lengths)
 
 
 def row_by_row(q, k, v, table, lengths, scale):
@@ -44,13 +44,17 @@ def row_by_row(q, k, v, table, lengths, scale):
     return y
 
 
+@partial(jax.jit, static_argnames="implementation")
+def decode(q, k, v, table, lengths, implementation):
+    at = {"pages_BC": table, "lengths_B": lengths}
+    return kernels.decode_attention(q, k, v, **at, scale=0.1, implementation=implementation)
+
+
 def run(implementation, *inputs):
-    q, k, v, table, lengths = inputs
-    call = partial(kernels.decode_attention, q, k, v, pages_BC=table, lengths_B=lengths, scale=0.1)
     if implementation != "tpu":
-        return jax.jit(partial(call, implementation=implementation))()
+        return decode(*inputs, implementation)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        return call(implementation=implementation)
+        return decode.__wrapped__(*inputs, implementation)
 
 
 SLOW_TPU = [*(n for n in kernels.IMPLEMENTATIONS if n != "tpu"), pytest.param("tpu", marks=pytest.mark.slow)]
