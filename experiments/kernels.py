@@ -198,6 +198,8 @@ def readme(paths: Sequence[Path]) -> str:
         "`python -m experiments.kernels --device DEVICE [--against stock] --out FILE`. Compiled rows were never run: `bound_ms` is",
         "the chip's roofline of the useful operations, `over_ideal` the bundles of the inner loop over the cycles of its matmuls",
         "(up to 1 the matrix units are the bound), `spills` vector registers written to memory in an iteration of it.",
+        "A loop that takes one of several branches in each iteration counts all of them: our attention on TPU has a tile without a",
+        "mask, with one, and with prefixes too, so its `over_ideal` is their mean and its `spills` their sum.",
         "`operations_over_useful` counts the body of an XLA loop once (cross-entropy's chunks), and a kernel by its cost estimate.",
     ]
     for path in paths:
@@ -213,11 +215,16 @@ def readme(paths: Sequence[Path]) -> str:
 def _cell(figures: dict[str, Any]) -> str:
     plain = [f"{name} {value}" for name, value in figures.items() if not isinstance(value, dict)]
     nested = [
-        f"`{name}`: " + ", ".join(f"{k} {v}" for k, v in value.items())
+        f"`{name}`: " + ", ".join(f"{k} {_counted(v)}" for k, v in value.items())
         for name, value in figures.items()
         if isinstance(value, dict)
     ]
     return "; ".join(filter(None, [", ".join(plain), *nested]))
+
+
+def _counted(value: Any) -> Any:
+    """Of several, such as ptxas' warnings, how many; the file has their words."""
+    return len(value) if isinstance(value, list | tuple) else value
 
 
 def _told(error: Exception) -> str:
