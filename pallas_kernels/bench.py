@@ -21,8 +21,10 @@ import numpy as np
 from jax import Array
 
 import pallas_kernels
+from pallas_kernels.choose import platform
 
 TAGS = ("bench", "chip")
+FLUSH_BYTES = 2**28  # more than a GPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,24 @@ def normal(dtype: Any, *shapes: tuple[int, ...], seed: int = 0) -> tuple[Array, 
     """Standard normal arrays."""
     rng = np.random.default_rng(seed)
     return tuple(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
+
+
+@jax.jit
+def flush() -> Array:
+    """Fills a GPU's cache with something else: what to do between two measurements there."""
+    return jnp.ones(FLUSH_BYTES, jnp.int8)
+
+
+def only_on_tpu(whose: str) -> None:
+    """Raises NotImplementedError where the program is not compiled for a TPU: a peer would be interpreted there, or fail."""
+    if platform() != "tpu":
+        raise NotImplementedError(f"{whose} is for TPU")
+
+
+def only_where_it_runs(whose: str) -> None:
+    """Raises NotImplementedError while compiling for a device that is not here, by which a peer would choose its kernel."""
+    if platform() != jax.default_backend():
+        raise NotImplementedError(f"{whose} asks this machine's device which kernel to take")
 
 
 def seconds_in_turns(

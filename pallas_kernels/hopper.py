@@ -1,4 +1,7 @@
-"""What the Hopper kernels share: the number of multiprocessors, tiles in shared memory, registers of a warpgroup's role."""
+"""What the Hopper kernels share: the number of multiprocessors, tiles in shared memory, and who in a block does what.
+
+A block is three warpgroups: two consumers, which multiply, and one loader, which fills shared memory ahead of them.
+"""
 
 from collections.abc import Callable
 
@@ -11,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 H100_SMS = 132  # also H200
 SHARED_BYTES = 232_448  # of one block
 SWIZZLE_BYTES = 128
+CONSUMERS = 2
 LOADER_REGISTERS = 32
-CONSUMER_REGISTERS = 240  # of two consumers; with the loader's these are the whole register file
+CONSUMER_REGISTERS = 240  # of each; with the loader's these are the whole register file
 
 
 def multiprocessors() -> int:
@@ -28,17 +32,12 @@ def swizzled(*shape: int, dtype: jnp.dtype = jnp.bfloat16):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def result_like(x: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    """A kernel's result, which varies over the same mesh axes as `x`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 def kernel(
-    body: Callable, results, scratch: list, *, grid: dict[str, int], warpgroups: int, name: str, cost: pl.CostEstimate
+    body: Callable, results, scratch: list, *, grid: dict[str, int], name: str, cost: pl.CostEstimate
 ) -> Callable:
     """`plgpu.kernel` with a cost: `body(*inputs, *results, *scratch)` on each block of the grid."""
     mesh = plgpu.Mesh(
-        grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=warpgroups, thread_name="warpgroup"
+        grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=CONSUMERS + 1, thread_name="warpgroup"
     )
 
     def scoped(*arrays):
@@ -47,6 +46,21 @@ def kernel(
     scoped.__name__ = name  # of the machine code
     parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     return pl.kernel(scoped, results, mesh=mesh, name=name, cost_estimate=cost, compiler_params=parameters)
+
+
+def roles(load: Callable[[], None], consume: Callable[[], None]) -> None:
+    """The last warpgroup loads, the others consume, each with the registers of its role."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+        load()
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        consume()
 
 
 def slot(step: Array, stages: int) -> Array:

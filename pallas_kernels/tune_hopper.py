@@ -24,12 +24,11 @@ from jax import Array
 
 from pallas_kernels.attention import gpu as attention
 from pallas_kernels.attention import reference
-from pallas_kernels.bench import normal, seconds_in_turns
+from pallas_kernels.bench import flush, normal, seconds_in_turns
 from pallas_kernels.grouped_matmul import gpu as grouped
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.grouped_matmul.cases import uneven
 
-FLUSH_BYTES = 2**28
 TOLERANCE = 2e-2  # of the largest value: bfloat16 results of float32 sums
 SHAPES = {"tokamax": (524288, 4096, 1536, 128), "glm45": (131072, 5120, 1536, 160), "air": (131072, 4096, 1408, 128)}
 GROUPED = {
@@ -112,7 +111,6 @@ def cases() -> Iterator[tuple[str, str, Callable, Callable, tuple, Callable, Cal
 
 def tune(repetitions: int) -> Iterator[dict[str, Any]]:
     """A row for each operation, case and tile: its largest error and its rate, or why there is none."""
-    flush = partial(jax.jit(jnp.ones, static_argnums=0), FLUSH_BYTES // 4)
     for name, case, function, configs, check, time, definition, operations in cases():
         want = jax.jit(definition)(*(z.astype("float32") if z.dtype == jnp.bfloat16 else z for z in check))
         inputs = time()

@@ -12,6 +12,7 @@ and `jax-cuda12-pjrt` of jax's own version (installed with --no-deps: no driver 
 """
 
 import importlib.util
+import math
 import os
 import pickle
 import subprocess
@@ -84,9 +85,7 @@ def hopper(
     function: Callable[..., Any], arguments: Sequence[Any], *, axes: dict[str, int] | None = None, timeout: float = 600
 ) -> Figures:
     """Figures of `function(*arguments)` on an H200 (sm_90a); otherwise as `tpu`. An `nvdisasm` on the path adds `hgmma`."""
-    devices = 1
-    for size in (axes or {}).values():
-        devices *= size
+    devices = math.prod((axes or {}).values())
     topology = ONE_HOST_HOPPER if devices == 1 else f"1x1x{devices}"
     return _figures(Job(function, tuple(arguments), "cuda", topology, axes or {"device": 1}), CHIPS["h200"], timeout)
 

@@ -32,7 +32,8 @@ def attention(
     rows of a cache have in common: held once, read once. They are the prefix then, so q_prefixes_BT must be left out.
     Segment 0 is padding: never seen, and its queries, like any query that sees no key, come out zero. Query head n
     reads key-value head n // (N / K). Scores and softmax are float32 whatever the inputs; the result has q's dtype.
-    Invisible keys and values are multiplied by zero, so they must be finite. Raises ValueError for shapes that do not fit.
+    A token that is not finite reaches exactly those that see it, in "xla" and "tpu"; elsewhere, and where at most 8 queries
+    meet a cache, invisible values are multiplied by zero, so they must be finite. Raises ValueError for shapes that do not fit.
     """
     if shared_KSH is not None and q_prefixes_BT is not None:
         raise ValueError("attention: shared keys are every query's prefix; leave q_prefixes_BT out, or the shared keys")

@@ -1,4 +1,4 @@
-"""Attention, forward and with its gradients, against jax.nn's with a mask and TPU's splash attention.
+"""Attention, forward and with its gradients, against jax.nn's with a mask, and on TPU jax's and tokamax's splash attention.
 
 Operations are those of the visible half of every document: four a pair of query and key and a head's width forward, ten more
 backward (five products where forward has two).
@@ -15,7 +15,7 @@ from jax import Array
 
 from pallas_kernels.attention import IMPLEMENTATIONS, attention
 from pallas_kernels.attention.cases import CASES, Case
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, only_on_tpu
 
 PLACES = ("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS")
 
@@ -33,21 +33,44 @@ def stock(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *places: Array) -> Array:
 
 
 def splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *places: Array) -> Array:
-    """jax's splash attention: one key-value head's queries at a time."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+    """jax's splash attention, backward in two kernels."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    from pallas_kernels.choose import platform
+    only_on_tpu("splash attention")
+    T, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
+    sizes = kernels.BlockSizes(**_splash_blocks(T, "block_q_dq", "block_kv_dq"))
+    mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * group)
+    kernel = kernels.make_splash_mqa_single_device(mask, block_sizes=sizes)
+    return _by_kv_head(kernel, kernels.SegmentIds(q=places[2], kv=places[3]), q_BTNH, k_BSKH, v_BSKH)
 
-    if platform() != "tpu":
-        raise NotImplementedError("splash attention is for TPU")
+
+def tokamax_splash(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *places: Array) -> Array:
+    """tokamax's: its door asks this machine's device which kernel to take, so the kernel itself is named here."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_kernel as kernels,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_mask as masks,
+    )
+
+    only_on_tpu("splash attention")
+    T = q_BTNH.shape[1]
+    config = kernels.SplashConfig(**_splash_blocks(T))
+    kernel = kernels.make_splash_mqa_single_device(masks.CausalMask((T, T)), config=config)
+    return _by_kv_head(kernel, kernels.SegmentIds(q=places[2], kv=places[3]), q_BTNH, k_BSKH, v_BSKH)
+
+
+def _splash_blocks(T: int, *more: str) -> dict[str, Any]:
+    """The tile of our kernels, for all passes."""
+    names = "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"
+    return dict.fromkeys((*names, *more), min(1024, T))
+
+
+def _by_kv_head(kernel: Any, segments_BT: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array) -> Array:
+    """A kernel of one key-value head and its queries, on all of them."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    block = min(1024, T)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, T))] * (N // K))
-    kernel = splash_attention_kernel.make_splash_mqa_single_device(mask, block_sizes=sizes)
-    segments_BT = splash_attention_kernel.SegmentIds(q=places[2], kv=places[3])
     q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     y_BKGTH: Any = jax.vmap(heads)(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), segments_BT)
@@ -73,7 +96,7 @@ def _benches(name: str, case: Case, dtype) -> Iterator[Bench]:
     places = tuple(jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (T, S, T, S))
     pairs = N * sum(int(visible.sum()) for visible in _seen(case))
     size = jnp.dtype(dtype).itemsize
-    peers = {"jax.nn": stock} | ({"splash": splash} if T == S else {})
+    peers = {"jax.nn": stock} | ({"splash": splash, "tokamax": tokamax_splash} if T == S else {})
     for operation, times, run, peer in (
         ("attention", 4, forward, dict(peers)),
         (

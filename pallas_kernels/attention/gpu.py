@@ -22,10 +22,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.blocks import NEVER, block_lists
+from pallas_kernels.hopper import CONSUMERS
+from pallas_kernels.results import result_like
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 DEVICES = ("H100", "H200", "H800", "H20")  # sm_90a
-CONSUMERS = 2
 ROWS = 64  # of a consumer
 TILE = CONSUMERS * ROWS
 LOWEST = -1e30  # a maximum to begin with from which minus infinity can be subtracted
@@ -117,7 +118,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config) -> tuple
     block, stages = config.forward, min(config.forward_stages, S // config.forward)
     kernel = hopper.kernel(
         partial(_forward_kernel, scale=scale * LOG2_E, stages=stages),
-        (hopper.result_like(q_BTNH, q_BTNH.shape, BF16), hopper.result_like(q_BTNH, (B, N, T), F32)),
+        (result_like(q_BTNH, q_BTNH.shape, BF16), result_like(q_BTNH, (B, N, T), F32)),
         [
             hopper.swizzled(CONSUMERS, ROWS, H),
             plgpu.SMEM((CONSUMERS, 3, ROWS), jnp.int32),
@@ -133,7 +134,6 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, q_at_BPT, k_at_BPS, scale, config) -> tuple
             plgpu.Barrier(num_arrivals=CONSUMERS),
         ],
         grid={"head": N, "tile": T // TILE, "row": B},
-        warpgroups=CONSUMERS + 1,
         name="attention",
         cost=_cost(q_BTNH, k_BSKH, products=2, arrays=2),
     )
@@ -182,16 +182,12 @@ def _forward_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.barrier_arrive(v_empty.at[slot])
         return y_iH, new_i, sum_i
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+    def loader():
         visited = counts_BIC[row, tile, 1]
         lax.fori_loop(0, visited, load, None)
         hopper.drain((k_empty, v_empty), visited, stages)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.CONSUMER_REGISTERS, action="increase")
+    def consumer():
         unmasked, visited = counts_BIC[row, tile, 0], counts_BIC[row, tile, 1]
         queries = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(q_BTNH.at[row, queries, head], q_smem.at[warpgroup], q_full.at[warpgroup])
@@ -211,6 +207,8 @@ def _forward_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_BNT.at[row, head, queries])
         plgpu.wait_smem_to_gmem(0)
 
+    hopper.roles(loader, consumer)
+
 
 def _dq(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale, config) -> Array:
     """`stats` are the queries' lse and delta, the sum of dy * y."""
@@ -218,7 +216,7 @@ def _dq(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale, 
     block, stages = config.dq, min(config.backward_stages, S // config.dq)
     kernel = hopper.kernel(
         partial(_dq_kernel, scale=scale, stages=stages),
-        hopper.result_like(q_BTNH, q_BTNH.shape, BF16),
+        result_like(q_BTNH, q_BTNH.shape, BF16),
         [
             hopper.swizzled(CONSUMERS, ROWS, H),
             hopper.swizzled(CONSUMERS, ROWS, H),
@@ -232,7 +230,6 @@ def _dq(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale, 
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ],
         grid={"head": N, "tile": T // TILE, "row": B},
-        warpgroups=CONSUMERS + 1,
         name="attention_dq",
         cost=_cost(q_BTNH, k_BSKH, products=3, arrays=3),
     )
@@ -240,7 +237,7 @@ def _dq(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale, 
     return kernel(*lists, q_at_BPT, k_at_BPS, stats_BNPT, q_BTNH, k_BSKH, v_BSKH, dy_BTNH)
 
 
-def _dq_kernel(  # noqa: PLR0915 (three warpgroups)
+def _dq_kernel(
     blocks_BIP, counts_BIC, q_at_BPT, k_at_BPS, stats_BNPT, q_BTNH, k_BSKH, v_BSKH, dy_BTNH, dq_BTNH,
     q_smem, dy_smem, stats_smem, q_at_smem, k_smem, v_smem, k_at_smem, own_full, full, empty,
     *, scale: float, stages: int,
@@ -272,16 +269,12 @@ def _dq_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(empty.at[slot])
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+    def loader():
         visited = counts_BIC[row, tile, 1]
         lax.fori_loop(0, visited, load, None)
         hopper.drain((empty,), visited, stages)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.CONSUMER_REGISTERS, action="increase")
+    def consumer():
         unmasked, visited = counts_BIC[row, tile, 0], counts_BIC[row, tile, 1]
         queries, ready = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), own_full.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_BTNH.at[row, queries, head], q_smem.at[warpgroup], ready)
@@ -303,11 +296,13 @@ def _dq_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], dq_BTNH.at[row, queries, head])
         plgpu.wait_smem_to_gmem(0)
 
+    hopper.roles(loader, consumer)
+
 
 def _dkv(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale, config) -> tuple[Array, Array]:
     (B, T, _, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     block, stages = config.dkv, min(config.backward_stages, T // config.dkv)
-    result = hopper.result_like(k_BSKH, k_BSKH.shape, BF16)
+    result = result_like(k_BSKH, k_BSKH.shape, BF16)
     kernel = hopper.kernel(
         partial(_dkv_kernel, scale=scale, stages=stages),
         (result, result),
@@ -324,7 +319,6 @@ def _dkv(q_BTNH, k_BSKH, v_BSKH, dy_BTNH, stats_BNPT, q_at_BPT, k_at_BPS, scale,
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         ],
         grid={"head": K, "tile": S // TILE, "row": B},
-        warpgroups=CONSUMERS + 1,
         name="attention_dkv",
         cost=_cost(q_BTNH, k_BSKH, products=4, arrays=3),
     )
@@ -367,16 +361,12 @@ def _dkv_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(empty.at[slot])
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+    def loader():
         visited = counts_BIC[row, tile, 1] * group
         lax.fori_loop(0, visited, load, None)
         hopper.drain((empty,), visited, stages)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.CONSUMER_REGISTERS, action="increase")
+    def consumer():
         unmasked, visited = counts_BIC[row, tile, 0] * group, counts_BIC[row, tile, 1] * group
         keys, ready = pl.ds(tile * TILE + warpgroup * ROWS, ROWS), own_full.at[warpgroup]
         plgpu.copy_gmem_to_smem(k_BSKH.at[row, keys, head], k_smem.at[warpgroup], ready)
@@ -397,6 +387,8 @@ def _dkv_kernel(  # noqa: PLR0915 (three warpgroups)
         plgpu.copy_smem_to_gmem(k_smem.at[warpgroup], dk_BSKH.at[row, keys, head])
         plgpu.copy_smem_to_gmem(v_smem.at[warpgroup], dv_BSKH.at[row, keys, head])
         plgpu.wait_smem_to_gmem(0)
+
+    hopper.roles(loader, consumer)
 
 
 def _products(*factors, then=lambda: None) -> tuple[Array, ...]:

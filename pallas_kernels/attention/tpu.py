@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.tpu_sums import sum_in_memory
 from pallas_kernels.attention.tpu_tiles import FIRST, FRESH, FULL, LAST, PREFIXED, visible_tiles
+from pallas_kernels.results import result_like
 
 F32 = jnp.float32
 LANES = 128
@@ -309,10 +310,6 @@ def _cost(q_BNTH: Array, k_BKSH: Array, products: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * products * pairs * H, transcendentals=pairs, bytes_accessed=touched)
 
 
-def _out(like: Array, shape, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
 def _forward(q_BNTH, k_BKSH, v_BKSH, q_at_B3T, k_at_B2S, scale, config):
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     tiles, count = visible_tiles(q_at_B3T, k_at_B2S, config.queries, config.keys, keys_first=False)
@@ -329,7 +326,7 @@ def _forward(q_BNTH, k_BKSH, v_BKSH, q_at_B3T, k_at_B2S, scale, config):
                 pltpu.VMEM((3, config.queries, LANES), jnp.int32),
             ],
         ),
-        out_shape=[_out(q_BNTH, q_BNTH.shape, q_BNTH.dtype), _out(q_BNTH, (B, N, 1, T), F32)],
+        out_shape=[result_like(q_BNTH, q_BNTH.shape, q_BNTH.dtype), result_like(q_BNTH, (B, N, 1, T), F32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -418,9 +415,9 @@ def _backward(q_BNTH, k_BKSH, v_BKSH, q_at_B3T, k_at_B2S, dy_BNTH, lse_BN1T, del
             ],
         ),
         out_shape=[
-            _out(q_BNTH, k_BKSH.shape, k_BKSH.dtype),
-            _out(q_BNTH, v_BKSH.shape, v_BKSH.dtype),
-            _out(q_BNTH, (B, N, H, T), F32),
+            result_like(q_BNTH, k_BKSH.shape, k_BKSH.dtype),
+            result_like(q_BNTH, v_BKSH.shape, v_BKSH.dtype),
+            result_like(q_BNTH, (B, N, H, T), F32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES

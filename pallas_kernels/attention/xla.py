@@ -3,6 +3,8 @@
 Which blocks those are is decided while running, from each block's smallest and largest position and segment. Scores are
 held transposed, [keys, rows], so that the softmax's maximum and sum run over the leading dimension, which vectorises.
 A query's G heads lie beside it, so a row is (query, head of its group) and keys and values are never repeated.
+A token that is not finite reaches exactly those that see it: keys, and in the backward pass queries, carry NaN into scores,
+where the mask stops it, and everything that invisible pairs would multiply by zero has been made finite.
 In block shapes i is a block of queries, j of keys, r of rows.
 """
 
@@ -103,6 +105,15 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
     return lax.dot_general(a, b, dims, preferred_element_type=F32)
 
 
+def _finite(z: Array) -> Array:
+    return jnp.where(jnp.isfinite(z), z, 0)
+
+
+def _speaking_for(z: Array, other: Array) -> Array:
+    """`z`, with NaN where the other's vector is not finite."""
+    return jnp.where(jnp.isfinite(other).all(-1, keepdims=True), z, jnp.nan)
+
+
 def _overlaps(q_at_BT: tuple[Array, ...], k_at_BS: tuple[Array, ...]) -> Array:
     """Boolean [blocks of queries, blocks of keys]: false only where no query of the one sees a key of the other."""
     (q_positions_BT, q_segments_BT, q_prefixes_BT), (k_positions_BS, k_segments_BS) = q_at_BT, k_at_BS
@@ -146,6 +157,7 @@ def _forward(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale):
     """The result, float32, and each row's log of its sum of exponentials (+inf where nothing is visible)."""
     sees_IJ = _overlaps(q_at_BT, k_at_BS)
     q_blocks, k_blocks = sees_IJ.shape
+    k_BKSH, v_BKSH = _speaking_for(k_BKSH, v_BKSH), _finite(v_BKSH)
 
     def queries(out, i):
         q_BKrH = _block(q_BKRH, i, q_blocks, 2)
@@ -180,11 +192,15 @@ def _backward(scale, saved, dy_BKRH):
     q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, y_BKRH, lse_BKR = saved
     sees_IJ = _overlaps(q_at_BT, k_at_BS)
     q_blocks, k_blocks = sees_IJ.shape
-    delta_BKR = (dy_BKRH * y_BKRH).sum(-1)
     dtype = q_BKRH.dtype
+    delta_BKR = (dy_BKRH * y_BKRH).sum(-1)
+    q_BKRH = _speaking_for(q_BKRH, delta_BKR[..., None])
+    k_BKSH, v_BKSH = _speaking_for(k_BKSH, v_BKSH), _finite(v_BKSH)
+    dy_BKRH, delta_BKR, lse_BKR = _finite(dy_BKRH), _finite(delta_BKR), jnp.where(jnp.isnan(lse_BKR), 0, lse_BKR)
 
     def queries(carry, i):
         q_BKrH, dy_BKrH = _block(q_BKRH, i, q_blocks, 2), _block(dy_BKRH, i, q_blocks, 2).astype(dtype)
+        known_q_BKrH = _finite(q_BKrH)
         lse_BK1r, delta_BK1r = (_block(z, i, q_blocks, 2)[:, :, None] for z in (lse_BKR, delta_BKR))
         q_at = tuple(_block(z_BT, i, q_blocks, 1) for z_BT in q_at_BT)
 
@@ -195,8 +211,8 @@ def _backward(scale, saved, dy_BKRH):
             p_BKjr = jnp.exp(_scores(q_BKrH, k_BKjH, q_at, k_at, scale) - lse_BK1r)
             ds_BKjr = (p_BKjr * (_dot(v_BKjH, dy_BKrH, 3, 3) - delta_BK1r) * scale).astype(dtype)
             dv_BKSH = _add_block(dv_BKSH, _dot(p_BKjr.astype(dtype), dy_BKrH, 3, 2), j, k_blocks)
-            dk_BKSH = _add_block(dk_BKSH, _dot(ds_BKjr, q_BKrH, 3, 2), j, k_blocks)
-            return dq_BKrH + _dot(ds_BKjr, k_BKjH, 2, 2), dk_BKSH, dv_BKSH
+            dk_BKSH = _add_block(dk_BKSH, _dot(ds_BKjr, known_q_BKrH, 3, 2), j, k_blocks)
+            return dq_BKrH + _dot(ds_BKjr, _finite(k_BKjH), 2, 2), dk_BKSH, dv_BKSH
 
         dq_BKRH, *dkv = carry
         dq_BKrH, *dkv = _over_keys(sees_IJ[i], keys, (jnp.zeros_like(q_BKrH, F32), *dkv))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, only_where_it_runs
 from pallas_kernels.cross_entropy import IMPLEMENTATIONS, linear_cross_entropy
 from pallas_kernels.cross_entropy.cases import CASES, Case
 
@@ -25,6 +25,7 @@ def tokamax(x_XD: Array, w_DV: Array, targets_X: Array, weights_X: Array):
     """tokamax's has no weights for tokens: the plain sum."""
     import tokamax  # pyright: ignore[reportMissingImports]
 
+    only_where_it_runs("tokamax")
     del weights_X
 
     def loss(x_XD, w_DV):

@@ -6,13 +6,13 @@ one while this one is computed, and none beyond a row's end: there the table's l
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention.xla import heads, rows
+from pallas_kernels.results import result_like
 
 F32 = jnp.float32
 DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
@@ -73,9 +73,7 @@ def decode_attention(q_BTNH, k_PKZH, v_PKZH, pages_BC, lengths_B, scale) -> Arra
             out_specs=pl.BlockSpec((None, K, R, H), queries),
             scratch_shapes=[pltpu.VMEM((K, R, width), F32) for width in (LANES, LANES, H)],
         ),
-        out_shape=jax.ShapeDtypeStruct(
-            q_BKRH.shape, q_BKRH.dtype, manual_axis_type=jax.typeof(q_BKRH).manual_axis_type
-        ),
+        out_shape=result_like(q_BKRH, q_BKRH.shape, q_BKRH.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),

@@ -3,7 +3,7 @@
 The dense side multiplies the same rows by one matrix: no grouped product does better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, only_on_tpu, only_where_it_runs
+from pallas_kernels.choose import platform
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
@@ -37,54 +38,66 @@ def ragged_dot_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
     return jax.lax.ragged_dot(x_RM, w_EDM.swapaxes(1, 2), group_sizes_E)
 
 
-def _megablox():
-    """jax's (gmm, tgmm) for TPU; anywhere else they would be interpreted."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
-
-    from pallas_kernels.choose import platform
-
-    if platform() != "tpu":
-        raise NotImplementedError("megablox is for TPU")
-    return gmm, tgmm
-
-
-MEGABLOX_TILES = (512, 1024, 1024)  # rows, contracted, columns
+TILES = (512, 1024, 1024)  # of megablox and tokamax: rows, contracted, columns
 
 
 def _tiles(D: int, M: int) -> tuple[int, int, int]:
-    rows, inner, columns = MEGABLOX_TILES
+    rows, inner, columns = TILES
     return rows, inner if D % inner == 0 else D, columns if M % columns == 0 else (512 if M % 512 == 0 else M)
 
 
-def megablox_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+def _kernels(whose: str) -> tuple[Callable, Callable]:
+    """(gmm, tgmm) for TPU: jax's megablox, or those that tokamax made of it."""
+    only_on_tpu(whose)
+    if whose == "megablox":
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+        return gmm, tgmm
+    from tokamax._src.ops.ragged_dot import pallas_mosaic_tpu_kernel as theirs  # pyright: ignore[reportMissingImports]
+
+    def same_words(kernel: Callable) -> Callable:
+        return lambda x, w, sizes, preferred_element_type, **options: kernel(
+            x, w, sizes, jax.lax.Precision.DEFAULT, preferred_element_type, **options
+        )
+
+    return same_words(theirs.gmm), same_words(theirs.tgmm)
+
+
+def tpu_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array, *, whose: str) -> Array:
     tiles = _tiles(w_EDM.shape[1], w_EDM.shape[2])
-    gmm, _ = _megablox()
-    return gmm(x_RD, w_EDM, group_sizes_E, preferred_element_type=x_RD.dtype, tiling=tiles)
-
-
-def megablox_gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
-    rows, columns, inner = _tiles(w_EDM.shape[1], w_EDM.shape[2])
-    options = {"preferred_element_type": x_RM.dtype, "tiling": (rows, inner, columns), "transpose_rhs": True}
-    gmm, _ = _megablox()
-    return gmm(x_RM, w_EDM, group_sizes_E, **options)
-
-
-def megablox_tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
-    tiles = _tiles(x_RD.shape[1], y_RM.shape[1])
-    _, tgmm = _megablox()
-    return tgmm(x_RD.T, y_RM, group_sizes_E, preferred_element_type=jnp.float32, tiling=tiles)
+    return _kernels(whose)[0](x_RD, w_EDM, group_sizes_E, preferred_element_type=x_RD.dtype, tiling=tiles)
 
 
 def tokamax_gmm(x_RD: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
+    """By its door, or compiled for a TPU the kernel itself: the door asks this machine's device which kernel to take."""
+    if platform() == "tpu":
+        return tpu_gmm(x_RD, w_EDM, group_sizes_E, whose="tokamax")
     import tokamax  # pyright: ignore[reportMissingImports]
 
+    only_where_it_runs("tokamax")
     return tokamax.ragged_dot(x_RD, w_EDM, group_sizes_E)
 
 
+def tpu_gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array, *, whose: str) -> Array:
+    rows, columns, inner = _tiles(w_EDM.shape[1], w_EDM.shape[2])
+    options = {"preferred_element_type": x_RM.dtype, "tiling": (rows, inner, columns), "transpose_rhs": True}
+    return _kernels(whose)[0](x_RM, w_EDM, group_sizes_E, **options)
+
+
+def tpu_tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, *, whose: str) -> Array:
+    tiles = _tiles(x_RD.shape[1], y_RM.shape[1])
+    return _kernels(whose)[1](x_RD.T, y_RM, group_sizes_E, preferred_element_type=jnp.float32, tiling=tiles)
+
+
+def _peers(dense: Callable, on_tpu: Callable, ragged_dot: Callable | None = None) -> dict[str, Callable]:
+    theirs = {whose: partial(on_tpu, whose=whose) for whose in ("megablox", "tokamax")}
+    return {"dense": dense} | ({"ragged_dot": ragged_dot} if ragged_dot else {}) | theirs
+
+
 PEERS = {
-    "gmm": {"dense": dense_gmm, "ragged_dot": ragged_dot, "megablox": megablox_gmm, "tokamax": tokamax_gmm},
-    "gmm_t": {"dense": dense_gmm_t, "ragged_dot": ragged_dot_t, "megablox": megablox_gmm_t},
-    "tgmm": {"dense": dense_tgmm, "megablox": megablox_tgmm},
+    "gmm": _peers(dense_gmm, tpu_gmm, ragged_dot) | {"tokamax": tokamax_gmm},
+    "gmm_t": _peers(dense_gmm_t, tpu_gmm_t, ragged_dot_t),
+    "tgmm": _peers(dense_tgmm, tpu_tgmm),
 }
 
 

@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.hopper import CONSUMERS
+from pallas_kernels.results import result_like
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 DEVICES = ("H100", "H200", "H800", "H20")  # sm_90a
-CONSUMERS = 2
 CHUNK = 64  # columns that are stored at once: 128 bytes of bfloat16, the width of a swizzled row
 WIDTH = 128  # that all widths must be a multiple of
 
@@ -111,7 +112,7 @@ def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, config: Config, tr
     w_tile = (config.columns, config.depth) if transposed else (config.depth, config.columns)
     kernel = hopper.kernel(
         partial(_grouped_kernel, config=config, transposed=transposed, sms=sms),
-        hopper.result_like(x_RD, (R, M), x_RD.dtype),
+        result_like(x_RD, (R, M), x_RD.dtype),
         [
             hopper.swizzled(config.stages, CONSUMERS, config.half, config.depth),
             hopper.swizzled(config.stages, *w_tile),
@@ -121,7 +122,6 @@ def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, config: Config, tr
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages),
         ],
         grid={"sm": sms},
-        warpgroups=CONSUMERS + 1,
         name="gmm_t" if transposed else "gmm",
         cost=pl.CostEstimate(flops=2 * R * D * M, bytes_accessed=2 * (R * D + w_EDM.size + R * M), transcendentals=0),
     )
@@ -187,16 +187,14 @@ def _grouped_kernel(
 
         return step
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+    def loader():
         hopper.drain((empty,), lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.CONSUMER_REGISTERS, action="increase")
+    def consumer():
         lax.fori_loop(0, tiles, multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    hopper.roles(loader, consumer)
 
 
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, config: Config | None = None) -> Array:
@@ -207,7 +205,7 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, config: Config | None =
     sms = hopper.multiprocessors()
     kernel = hopper.kernel(
         partial(_tgmm_kernel, config=config, sms=sms),
-        hopper.result_like(x_RD, (E, D, M), F32),
+        result_like(x_RD, (E, D, M), F32),
         [
             hopper.swizzled(config.stages, CONSUMERS, config.depth, config.half),
             hopper.swizzled(config.stages, config.depth, config.columns),
@@ -217,7 +215,6 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, config: Config | None =
             plgpu.Barrier(num_arrivals=CONSUMERS),
         ],
         grid={"sm": sms},
-        warpgroups=CONSUMERS + 1,
         cost=pl.CostEstimate(flops=2 * R * D * M, bytes_accessed=2 * R * (D + M) + 4 * E * D * M, transcendentals=0),
         name="tgmm",
     )
@@ -283,16 +280,14 @@ def _tgmm_kernel(
         _store(sum_ij, dw_EDM.at[e], row + warpgroup * half, column, dw_smem.at[warpgroup])
         return step
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.LOADER_REGISTERS, action="decrease")
+    def loader():
         hopper.drain((empty,), lax.fori_loop(0, tiles, load, jnp.int32(0)), config.stages)
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(hopper.CONSUMER_REGISTERS, action="increase")
+    def consumer():
         lax.fori_loop(0, tiles, multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    hopper.roles(loader, consumer)
 
 
 def _keep_rows(tile_smem, rows: Array) -> None:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.choose import platform
 from pallas_kernels.grouped_matmul.visits import visits
+from pallas_kernels.results import result_like
 
 F32 = jnp.float32
 DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
@@ -116,7 +117,7 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
             out_specs=pl.BlockSpec((1, width, M), lambda d, v, bound, group, at: (group[v], d, 0)),
             scratch_shapes=[pltpu.VMEM((tile, width), x_RD.dtype), pltpu.VMEM((tile, M), y_RM.dtype)],
         ),
-        out_shape=_like(x_RD, (E, D, M), F32),
+        out_shape=result_like(x_RD, (E, D, M), F32),
         compiler_params=_parameters(here),
         cost_estimate=_cost(rows, D, M, (x_RD, y_RM), 4 * E * D * M),
         interpret=_interpret(),
@@ -148,7 +149,7 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
             scratch_shapes=[pltpu.VMEM((tile, width), x_RK.dtype)]
             + ([pltpu.VMEM((tile, width), F32)] if config.depth_step else []),
         ),
-        out_shape=_like(x_RK, (rows, N), x_RK.dtype),
+        out_shape=result_like(x_RK, (rows, N), x_RK.dtype),
         compiler_params=_parameters(here),
         cost_estimate=_cost(rows, K, N, (x_RK, w), rows * N * x_RK.dtype.itemsize),
         interpret=_interpret(),
@@ -293,11 +294,6 @@ def _parameters(here: Chip) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=here.vmem_bytes - (4 << 20)
     )
-
-
-def _like(x: Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """Varies over the same mesh axes as x."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def _cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written: int) -> pl.CostEstimate:

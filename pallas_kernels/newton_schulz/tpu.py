@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.newton_schulz import xla
+from pallas_kernels.results import result_like
 
 DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 ROUND = 128  # lanes: what tiles are a multiple of
@@ -118,7 +119,7 @@ def _symmetric(x_BPK: Array, plus_BPP: Array | None, scale: float, share: float,
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=_like(x_BPK, (B, P, P)),
+        out_shape=result_like(x_BPK, (B, P, P), x_BPK.dtype),
         cost_estimate=pl.CostEstimate(
             flops=2 * products, transcendentals=0, bytes_accessed=2 * (2 * products // tile + B * P * P)
         ),
@@ -181,7 +182,7 @@ def _step(poly_BPP: Array, x_BPQ: Array, a: float, rows: int, columns: int, cont
         ],
         out_specs=pl.BlockSpec((None, rows, columns), lambda b, i, j, k: (b, i, j)),
         scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
-        out_shape=_like(x_BPQ, x_BPQ.shape),
+        out_shape=result_like(x_BPQ, x_BPQ.shape, x_BPQ.dtype),
         cost_estimate=pl.CostEstimate(
             flops=2 * products,
             transcendentals=0,
@@ -209,8 +210,3 @@ def _step_kernel(a, poly_ref, x_ref, here_ref, out_ref, sum_ref):
     @pl.when(k == pl.num_programs(3) - 1)
     def _():
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
-
-
-def _like(x: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention.cases import CASES, Case
+from tests.kernels import test_attention_tpu as on_tpu
 
 IMPLEMENTATIONS = ["reference", "xla"]  # an accelerator's has larger shapes, an interpreter and a file of its own
 # Means of unit normals in float32; bfloat16 rounds probabilities and the result to 8 bits.
@@ -139,6 +140,12 @@ def test_a_query_that_sees_nothing_is_zero_and_has_no_gradient(queries, implemen
     inputs = problem(Case(B=1, T=queries, S=20, N=2, K=1, H=8, padding=20))
     for z in value_and_gradients(*inputs, implementation):
         np.testing.assert_array_equal(z, 0)
+
+
+@pytest.mark.parametrize("spoiled", ["qv", "k", "dy"])
+def test_what_is_not_finite_reaches_only_who_sees_it(spoiled):
+    run = jax.jit(partial(on_tpu.value_and_gradients, implementation="xla"))
+    on_tpu.assert_only_who_sees_it_is_spoiled(spoiled, run)
 
 
 def test_bad_input_names_the_rule():
