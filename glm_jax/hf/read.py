@@ -39,9 +39,12 @@ def load(path: Path | str, *, dtype: Any, mesh: jax.sharding.Mesh | None = None)
     Params are of `dtype`, and so is the computation (cfg.dtype); None: as stored, FP8 in the dtype that config.json
     names. The balance bias keeps its stored dtype, float32 in every published file. Each device of `mesh` gets its
     part of each weight as `glm_jax.mesh.at_rest` lays it out; without a mesh all goes to the default device. On the
-    host there is never more than one device's part of one weight. ConfigError names the file or tensor that is wrong.
+    host there is never more than one device's part of one weight. ConfigError names the file or tensor that is wrong,
+    or the weight that `mesh` cannot split.
     """
     checkpoint = Checkpoint(Path(path), dtype)
+    if mesh is not None:
+        meshes.check(mesh, model.specs(checkpoint.cfg), rows=mesh.size)
 
     def place(name: str, declared: Spec) -> Array:
         where = SingleDeviceSharding(jax.devices()[0])
