@@ -233,9 +233,11 @@ class Loop:
     keep_checkpoints: int = 2
     eval_bytes: int = 200_000  # of held-out text per domain
     eval_every: int = 0  # steps; 0: at the start and the end of a stage
+    read_workers: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # processes that read rows; 0: the trainer itself
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in 0..2^31-1")
         for name in ("checkpoint_every", "keep_checkpoints", "eval_bytes"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative; 0 is never on the way")
+        require(self.read_workers >= 0, f"read_workers={self.read_workers} must not be negative; 0 reads without any")

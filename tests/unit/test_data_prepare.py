@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -193,6 +194,50 @@ def test_microbatches_resume_exactly_and_every_row_comes_once_a_pass(run, folder
         Microbatches(folder, stage, seed=4).set_state(state)
     for iterator in (batches, again, one_pass):
         iterator.close()
+
+
+def _global(folder: Path, stage: Stage, count: int, microbatches: int, workers: int = 0, state: dict | None = None):
+    """(microbatches put together from the shares of `count` hosts, the position after them)."""
+    hosts = [Microbatches(folder, stage, 3, (index, count), workers) for index in range(count)]
+    for host in hosts if state else ():
+        host.set_state(state)
+    parts = [[next(host) for host in hosts] for _ in range(microbatches)]
+    states = [host.get_state() for host in hosts]
+    for host in hosts:
+        host.close()
+    assert all(one == states[0] for one in states)
+    assert len(json.dumps(states[0])) < 1000
+    return [{name: np.concatenate([part[name] for part in row]) for name in row[0]} for row in parts], states[0]
+
+
+def _same(got, expected) -> bool:
+    return len(got) == len(expected) and all(
+        np.array_equal(a[name], b[name]) for a, b in zip(got, expected, strict=True) for name in a
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_one_two_and_four_hosts_read_the_same_global_batches_and_go_on_for_each_other(run, folder, count):
+    stage = run.stages[0]
+    expected, _ = _global(folder, stage, 1, 100)  # more than one pass
+    first, state = _global(folder, stage, count, 41)
+    assert _same(first, expected[:41])
+    for others in (1, 2, 4):
+        assert _same(_global(folder, stage, others, 59, state=state)[0], expected[41:])
+
+
+def test_a_microbatch_that_hosts_cannot_share_is_refused(run, folder):
+    with pytest.raises(DataError, match="multiple of 3"):
+        Microbatches(folder, run.stages[0], 0, (0, 3))
+
+
+@pytest.mark.slow
+def test_workers_change_neither_what_comes_nor_what_a_position_means(run, folder):
+    stage = run.stages[0]
+    expected, _ = _global(folder, stage, 1, 20)
+    first, state = _global(folder, stage, 1, 7, workers=2)
+    assert _same(first, expected[:7])
+    assert _same(_global(folder, stage, 1, 13, state=state)[0], expected[7:])
 
 
 def test_another_row_length_or_stage_is_refused(run, folder):
