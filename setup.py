@@ -20,6 +20,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.8",
         "grain>=0.2.18",
+        "array_record>=0.8",
         "absl-py>=2.0",  # grain's worker processes read its flags
         "orbax-checkpoint>=0.12",
         "tokenizers>=0.23",

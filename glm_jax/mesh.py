@@ -84,9 +84,9 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
     """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows."""
-    held = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,)).values()
-    begin = min(rows_of.indices(rows)[0] for (rows_of,) in held)
-    end = max(rows_of.indices(rows)[1] for (rows_of,) in held)
+    held = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,))
+    parts = [index[0].indices(rows) for index in held.values() if index]
+    begin, end = min(part[0] for part in parts), max(part[1] for part in parts)
     return begin // (end - begin), rows // (end - begin)
 
 

@@ -13,8 +13,10 @@ import grain
 import numpy as np
 
 from glm_jax.config import Stage
+from glm_jax.data import shards, stages
 from glm_jax.data.document import DataError
-from glm_jax.data.packing import LOOKAHEAD, Plan
+from glm_jax.data.packing import LOOKAHEAD
+from glm_jax.data.shards import Store
 
 Batch = dict[str, np.ndarray]
 _PASSES = 2**31  # no end in sight; with grain's own endless repeat the length overflows for one row a batch
@@ -33,19 +35,31 @@ class Rows:
             )
         self.facts = facts
         self._stage = stage
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self._offsets = np.load(folder / "offsets.npy")
-        trained = folder / "trained.npy"  # of dialogues: which tokens are the assistant's
-        self._trained = np.load(trained, mmap_mode="r") if trained.exists() else None
-        shared = folder / "shared.npy"  # segments that the rest of their row continues
-        self._shared = np.load(shared) if shared.exists() else None
-        self._plan = Plan(np.load(folder / "segments.npy", mmap_mode="r"), np.load(folder / "row_starts.npy"))
+        self._row_starts = np.load(folder / "row_starts.npy")
+        self._trained = self._shared = self._first = None
+        if (folder / shards.TABLE).exists():
+            self._segments = np.load(folder / shards.TABLE, mmap_mode="r")
+            self._first = np.load(folder / "first.npy")
+            self._tokens = shards.Shards(folder, stages.id_dtype(facts["vocab_size"]))
+        else:
+            self._segments = np.load(folder / "segments.npy", mmap_mode="r")
+            offsets = np.load(folder / "offsets.npy")
+            self._tokens = shards.Flat(np.load(folder / "tokens.npy", mmap_mode="r"), offsets)
+            if (folder / "trained.npy").exists():  # of dialogues: which tokens are the assistant's
+                self._trained = shards.Flat(np.load(folder / "trained.npy", mmap_mode="r"), offsets)
+            if (folder / "shared.npy").exists():  # segments that the rest of their row continues
+                self._shared = np.load(folder / "shared.npy")
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._row_starts) - 1
 
     def __getitem__(self, index: int) -> Batch:
-        pieces = row_pieces(self._plan, int(index), self._tokens, self._offsets, self._trained, self._shared)
+        here = slice(self._row_starts[index], self._row_starts[index + 1])
+        segments = self._segments[here]
+        if self._first is not None:
+            segments = shards.numbered(segments, self._first)
+        shared = None if self._shared is None else self._shared[here]
+        pieces = row_pieces(segments, self._tokens, self._trained, shared)
         return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
 
 
@@ -60,21 +74,14 @@ class Piece(NamedTuple):
 
 
 def row_pieces(
-    plan: Plan,
-    index: int,
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    trained: np.ndarray | None = None,
-    shared: np.ndarray | None = None,
+    segments: np.ndarray, tokens: Store, trained: Store | None = None, shared: np.ndarray | None = None
 ) -> list[Piece]:
-    """The pieces of a plan's row: document i is `tokens[offsets[i]:offsets[i + 1]]`, `trained` stands beside the tokens
-    and `shared` beside the plan's segments."""
+    """The pieces of a row's segments [n, 3] (text, start, length); `trained` goes with `tokens`, `shared` with the segments."""
     pieces = []
-    for number, (document, start, length) in enumerate(plan.row(index), start=int(plan.row_starts[index])):
-        begin = offsets[document] + start
-        here = slice(begin, min(begin + length + LOOKAHEAD, offsets[document + 1]))
-        mask = None if trained is None else trained[here]
-        pieces.append(Piece(tokens[here], int(length), mask, None if shared is None else bool(shared[number])))
+    for number, (text, start, length) in enumerate(segments.tolist()):
+        here = (text, start, start + length + LOOKAHEAD)
+        mask = None if trained is None else trained(*here)
+        pieces.append(Piece(tokens(*here), length, mask, None if shared is None else bool(shared[number])))
     return pieces
 
 

@@ -5,7 +5,8 @@
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/heldout.jsonl            held-out documents, with the domain "long" besides the three
     OUT/tokenizer.json           and chat_template.jinja, which goes with it
-    OUT/<stage>/                 tokens.npy, offsets.npy, segments.npy, row_starts.npy, stage.json
+    OUT/<stage>/                 the rows: row_starts.npy, stage.json and, flat, tokens.npy, offsets.npy, segments.npy;
+                                 with data.shard_tokens tokens-*.array_record, first.npy, rows.npy (see shards.py)
     OUT/manifest.json            counts, reasons of drops, buckets, stages; written last
     OUT/done/<step>.json         a step's mark: hash of its inputs, hashes of its files
 
@@ -245,7 +246,7 @@ def _stage(run: Run, stage: Any, out: Path, to: Path, tell: Callable[[int, int],
             "add --data.paths or shorten seq_len"
         )
     (to / stage.name).mkdir()
-    built.save(to / stage.name)
+    built.save(to / stage.name, run.data.shard_tokens)
     key = hashlib.sha256(built.tokens.flat.tobytes() + built.plan.segments.tobytes()).hexdigest()[:12]
     write(
         to / stage.name / "stage.json",

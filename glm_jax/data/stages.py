@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Data, Stage
-from glm_jax.data import code, mixture, packing
+from glm_jax.data import code, mixture, packing, shards
 from glm_jax.data.document import DOMAINS, Document, unit
 from glm_jax.text.tokenizer import Tokenizer
 
@@ -81,10 +81,17 @@ class Prepared:
     plan: packing.Plan
     facts: dict[str, Any]
 
-    def save(self, folder: Path) -> None:
-        self.tokens.save(folder)
-        np.save(folder / "segments.npy", self.plan.segments)
+    def save(self, folder: Path, shard_tokens: int = 0) -> None:
+        """Write them flat, or with `shard_tokens` as shards of about so many tokens."""
         np.save(folder / "row_starts.npy", self.plan.row_starts)
+        if not shard_tokens:
+            self.tokens.save(folder)
+            np.save(folder / "segments.npy", self.plan.segments)
+            return
+        first = shards.split(self.tokens.lengths, shard_tokens)
+        shards.save(folder, self.tokens, first)
+        np.save(folder / "first.npy", first)
+        np.save(folder / shards.TABLE, shards.table(self.plan.segments, first))
 
 
 def build(

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
-from glm_jax.data import document, prepare, sources
+from glm_jax.data import document, packing, prepare, sources, stages
 from glm_jax.data.document import DataError
 from glm_jax.data.heldout import read_held_out
-from glm_jax.data.input import Microbatches
+from glm_jax.data.input import Microbatches, Rows
 
 LIBRARY = Path(os.__file__).parent
 SHAPES = Model(V=512, D=8, L=1, dense_layers=1, N=2, K=1, H=4, F=8, M=8, E=2, A=1, max_positions=512)
@@ -196,7 +196,7 @@ def test_microbatches_resume_exactly_and_every_row_comes_once_a_pass(run, folder
         iterator.close()
 
 
-def _global(folder: Path, stage: Stage, count: int, microbatches: int, workers: int = 0, state: dict | None = None):
+def _global(folder: Path, stage: Stage, count: int, microbatches: int, workers: int = 0, state=None):
     """(microbatches put together from the shares of `count` hosts, the position after them)."""
     hosts = [Microbatches(folder, stage, 3, (index, count), workers) for index in range(count)]
     for host in hosts if state else ():
@@ -238,6 +238,23 @@ def test_workers_change_neither_what_comes_nor_what_a_position_means(run, folder
     first, state = _global(folder, stage, 1, 7, workers=2)
     assert _same(first, expected[:7])
     assert _same(_global(folder, stage, 1, 13, state=state)[0], expected[7:])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_rows_of_shards_are_the_rows_of_flat_arrays(run, folder, tmp_path, index):
+    stage = run.stages[index]
+    facts = json.loads((folder / stage.name / "stage.json").read_text())
+    tokens, there = stages.Tokens.load(folder / stage.name), folder / stage.name
+    plan = packing.Plan(np.load(there / "segments.npy"), np.load(there / "row_starts.npy"))
+    out = tmp_path / stage.name
+    out.mkdir()
+    stages.Prepared(tokens, plan, facts).save(out, shard_tokens=3000)
+    for name in (f"{stage.name}/stage.json", "manifest.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    assert len(list(out.glob("tokens-*.array_record"))) > 1
+    assert np.load(out / "rows.npy", mmap_mode="r")[0].nbytes == 16
+    flat, sharded = Rows(folder, stage), Rows(tmp_path, stage)
+    assert _same([sharded[i] for i in range(len(sharded))], [flat[i] for i in range(len(flat))])
 
 
 def test_another_row_length_or_stage_is_refused(run, folder):
