@@ -32,6 +32,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1.6",  # earlier sandboxes leak, and a checkpoint's chat template is run in it
         "numpy>=2.0",
+        "scipy>=1.13",
         "ml_dtypes>=0.5",
         "tensorstore>=0.1.80",
         "reasoning-gym>=0.1.25",

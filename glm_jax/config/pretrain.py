@@ -195,6 +195,11 @@ class Data:
     bucket_epochs: tuple[float, ...] = (0.0, 1.0, 1.0, 2.0, 3.2)  # quality buckets, lowest first; 0 drops
     duplicate_jaccard: float = 0.8
     max_document_bytes: int = 1_000_000
+    minhash: tuple[int, int] = field(default=(14, 8), metadata=SILENT_AT_DEFAULT)  # bands, rows of a band
+    semantic_kept: float = field(
+        default=1.0, metadata=SILENT_AT_DEFAULT
+    )  # share of pages that SemDedup leaves; 1: not run
+    removals: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # a line for each duplicate: of what, how alike
     shard_tokens: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # of an ArrayRecord shard; 0: rows in flat arrays
 
     def __post_init__(self):
@@ -206,6 +211,10 @@ class Data:
         require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
         require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
         require(self.max_document_bytes >= 1, f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        require(min(self.minhash) >= 1, f"minhash={self.minhash} needs at least one band of at least one row")
+        require(
+            0 < self.semantic_kept <= 1, f"semantic_kept={self.semantic_kept} must lie in (0, 1]; 1 removes nothing"
+        )
         require(self.shard_tokens >= 0, f"shard_tokens={self.shard_tokens} must not be negative; 0 is flat arrays")
         require(0 < self.duplicate_jaccard <= 1, f"duplicate_jaccard={self.duplicate_jaccard} must lie in (0, 1]")
 
