@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any
 
 MOST_BYTES = 20_000_000  # of a page
-_DEEPEST = 1000  # elements inside one another; parsers slow down with the square of it
+_DEEPEST = 3000  # elements inside one another: 0.1 s, which grows with their square
 _LONGEST_TAG = 1_000_000  # bytes
 _UNREADABLE = 0.005  # share of characters that no encoding explains
 
@@ -22,6 +22,7 @@ _SHALLOW = frozenset(
     b"area base br col embed hr img input link meta source track wbr p li dt dd tr td th option".split()
 )
 _LANGUAGE = re.compile(r"(?:^|\s)(?:language-|lang-|highlight-source-|highlight-|brush:\s*)([A-Za-z0-9+#]+)")
+_NAMED = ", ".join(f'[class*="{word}"]' for word in ("language-", "lang-", "highlight-", "brush:"))
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?([A-Za-z0-9_-]+)""", re.IGNORECASE)
 _NO_LANGUAGE = ("default", "none", "source", "text", "plaintext", "auto", "notranslate")
 _NUMBERS = ".linenos, .linenodiv, .lineno, .linenumber, .line-number, .line-numbers, .gutter, .ln, .blob-num"
@@ -109,25 +110,26 @@ def decode(page: bytes) -> str:
 def _take_listings(tree: Any) -> list[tuple[int, str]]:
     """(number, fenced block) of each <pre>; in the tree a paragraph with the number stands for it."""
     taken = []
-    for listing in tree.body.query_selector_all("pre"):
-        if listing.closest(_NUMBERS) is not None or not listing.text.strip():
+    numbered = tree.body.query_selector(_NUMBERS) is not None
+    for listing in _all(tree.body, "pre"):
+        if (numbered and listing.closest(_NUMBERS) is not None) or not listing.text.strip():
             continue
         language = _language(listing)
-        for numbers in listing.query_selector_all(_NUMBERS):
+        for numbers in _all(listing, _NUMBERS) if numbered else ():
             numbers.decompose()
         code = listing.text.strip("\n")
         fence = "```" if "```" not in code else "````"
         taken.append((len(taken), f"\n{fence}{language}\n{code}\n{fence}\n"))
-        table = listing.closest("table")
-        numbered = table is not None and table.query_selector(_NUMBERS) is not None
-        _replace(tree, table if numbered else listing, "p", len(taken) - 1)
+        table = listing.closest("table") if numbered else None
+        whole = table is not None and table.query_selector(_NUMBERS) is not None
+        _replace(tree, table if whole else listing, "p", len(taken) - 1)
     return taken
 
 
 def _take_formulas(tree: Any, first: int) -> list[tuple[int, str]]:
     r"""(number, LaTeX) of each formula kept as a script or beside MathML, in \( \) or, displayed, in \[ \]."""
     taken = []
-    for number, source in enumerate(tree.body.query_selector_all(_MATH), start=first):
+    for number, source in enumerate(_all(tree.body, _MATH), start=first):
         if source.tag == "script":
             formula, display = source, "mode=display" in (source.getattr("type") or "")
         else:
@@ -139,6 +141,11 @@ def _take_formulas(tree: Any, first: int) -> list[tuple[int, str]]:
     return taken
 
 
+def _all(node: Any, selector: str) -> tuple[Any, ...]:
+    """As a slice: iterating over resiliparse's collection makes all of it anew at each step."""
+    return node.query_selector_all(selector)[:]
+
+
 def _replace(tree: Any, node: Any, tag: str, number: int) -> None:
     place = tree.create_element(tag)
     place.text = f"\ue000{number}\ue001"
@@ -146,17 +153,9 @@ def _replace(tree: Any, node: Any, tag: str, number: int) -> None:
 
 
 def _language(listing: Any) -> str:
-    """What the classes of a listing, of the code in it or of the elements around it call its language."""
-    inner = listing.query_selector("code")
-    nodes = [listing, *([inner] if inner is not None else [])]
-    above = listing.parent_element
-    for _ in range(8):  # Sphinx's table is so deep
-        if above is None:
-            break
-        nodes.append(above)
-        above = above.parent_element
-    for node in nodes:
-        found = _LANGUAGE.search(node.getattr("class") or "")
+    """What the classes of a listing, of the elements around it or of the code in it call its language."""
+    for node in (listing.closest(_NAMED), listing.query_selector(_NAMED)):
+        found = node and _LANGUAGE.search(node.getattr("class"))
         if found and found[1].lower() not in _NO_LANGUAGE:
             return found[1].lower()
     return ""
