@@ -195,6 +195,9 @@ class Data:
     bucket_epochs: tuple[float, ...] = (0.0, 1.0, 1.0, 2.0, 3.2)  # quality buckets, lowest first; 0 drops
     duplicate_jaccard: float = 0.8
     max_document_bytes: int = 1_000_000
+    cycles: Literal["fewest_missing", "least_feedback"] = field(  # which imports a repository's order gives up
+        default="fewest_missing", metadata=SILENT_AT_DEFAULT
+    )
     minhash: tuple[int, int] = field(default=(14, 8), metadata=SILENT_AT_DEFAULT)  # bands, rows of a band
     semantic_kept: float = field(
         default=1.0, metadata=SILENT_AT_DEFAULT

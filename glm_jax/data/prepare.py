@@ -199,7 +199,7 @@ def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> N
     (to / "documents").mkdir()
     for domain in DOMAINS:
         write_documents(to / "documents" / f"{domain}.jsonl", [d for d in training if d.domain == domain])
-    write_documents(to / "heldout.jsonl", heldout.with_long(held_out))
+    write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))
     write(to / "documents" / "drops.json", _pretty(drops))
     if run.data.removals:
         lines = (json.dumps(vars(removal), ensure_ascii=False) + "\n" for removal in removed)

@@ -104,7 +104,7 @@ def build(
 ) -> Prepared:
     """Rows of `stage` from training documents and their tokens (each ended), as a pure function of the arguments."""
     if stage.long_documents:
-        documents, tokens = _with_repositories(documents, tokens, tokenizer)
+        documents, tokens = _with_repositories(documents, tokens, tokenizer, data.cycles)
     pool = mixture.Pool(
         [d.id for d in documents], [d.domain for d in documents], [d.bucket for d in documents], tokens.lengths
     )
@@ -131,7 +131,7 @@ def build(
 
 
 def _with_repositories(
-    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer
+    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, cycles: str
 ) -> tuple[list[Document], Tokens]:
     """Files of a repository become one document in dependency order; the others stay."""
     single = [index for index, document in enumerate(documents) if document.repo is None]
@@ -143,7 +143,7 @@ def _with_repositories(
     row_of = {document.id: index for index, document in enumerate(documents)}
     for name in sorted(files):
         text_of = {file.path: file for file in files[name]}
-        arranged = code.arranged({path: file.text for path, file in text_of.items()})
+        arranged = code.arranged({path: file.text for path, file in text_of.items()}, cycles)
         headers = tokenizer.encode_batch([header for header, _ in arranged])
         parts = [
             part
