@@ -20,6 +20,8 @@ setup(
         "flax>=0.12",
         "optax>=0.2.8",
         "grain>=0.2.18",
+        "array_record>=0.8",
+        "absl-py>=2.0",  # grain's worker processes read its flags
         "orbax-checkpoint>=0.12",
         "tokenizers>=0.23",
         "jaxtyping>=0.3",
@@ -30,6 +32,7 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1.6",  # earlier sandboxes leak, and a checkpoint's chat template is run in it
         "numpy>=2.0",
+        "scipy>=1.13",
         "ml_dtypes>=0.5",
         "tensorstore>=0.1.80",
         "reasoning-gym>=0.1.25",
@@ -49,6 +52,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
         ],
+        "data": ["resiliparse>=2.0"],  # web pages among data.paths
         "oracle": ["torch>=2.13", "transformers>=5.23,<6"],  # what parity tests and bench_hf compare with
     },
 )

@@ -5,7 +5,8 @@
 
 Sources: the standard library of this Python (its packages as repositories), the topics of pydoc, docstrings and readme
 pages of installed packages (those with LaTeX are the mathematics); nothing is downloaded. --data.paths adds folders of
-text (.txt .md .rst .tex) and code (.py .c .rs ...); a subfolder with code counts as a repository.
+text (.txt .md .rst .tex), web pages (.html, with pip install ".[data]") and code (.py .c .rs ...); a subfolder with code
+counts as a repository.
 
 Steps, in this order:
   collect     read the sources; hold out --data.held_out of them by whole modules, packages and pages

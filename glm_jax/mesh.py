@@ -82,6 +82,14 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH))
 
 
+def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
+    """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows."""
+    held = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,))
+    parts = [index[0].indices(rows) for index in held.values() if index]
+    begin, end = min(part[0] for part in parts), max(part[1] for part in parts)
+    return begin // (end - begin), rows // (end - begin)
+
+
 def placed(batch: Any) -> Any:
     """Host arrays [B, T] on the devices: rows split over every axis of the mesh that is set, or the default device."""
     layout = NamedSharding(jax.sharding.get_mesh(), activation("BT")) if active() else None

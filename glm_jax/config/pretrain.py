@@ -195,6 +195,15 @@ class Data:
     bucket_epochs: tuple[float, ...] = (0.0, 1.0, 1.0, 2.0, 3.2)  # quality buckets, lowest first; 0 drops
     duplicate_jaccard: float = 0.8
     max_document_bytes: int = 1_000_000
+    cycles: Literal["fewest_missing", "least_feedback"] = field(  # which imports a repository's order gives up
+        default="fewest_missing", metadata=SILENT_AT_DEFAULT
+    )
+    minhash: tuple[int, int] = field(default=(14, 8), metadata=SILENT_AT_DEFAULT)  # bands, rows of a band
+    semantic_kept: float = field(
+        default=1.0, metadata=SILENT_AT_DEFAULT
+    )  # share of pages that SemDedup leaves; 1: not run
+    removals: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # a line for each duplicate: of what, how alike
+    shard_tokens: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # of an ArrayRecord shard; 0: rows in flat arrays
 
     def __post_init__(self):
         names = [PurePath(path).name for path in self.paths]
@@ -205,6 +214,11 @@ class Data:
         require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
         require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
         require(self.max_document_bytes >= 1, f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        require(min(self.minhash) >= 1, f"minhash={self.minhash} needs at least one band of at least one row")
+        require(
+            0 < self.semantic_kept <= 1, f"semantic_kept={self.semantic_kept} must lie in (0, 1]; 1 removes nothing"
+        )
+        require(self.shard_tokens >= 0, f"shard_tokens={self.shard_tokens} must not be negative; 0 is flat arrays")
         require(0 < self.duplicate_jaccard <= 1, f"duplicate_jaccard={self.duplicate_jaccard} must lie in (0, 1]")
 
 
@@ -233,9 +247,11 @@ class Loop:
     keep_checkpoints: int = 2
     eval_bytes: int = 200_000  # of held-out text per domain
     eval_every: int = 0  # steps; 0: at the start and the end of a stage
+    read_workers: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # processes that read rows; 0: the trainer itself
 
     def __post_init__(self):
         require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in 0..2^31-1")
         for name in ("checkpoint_every", "keep_checkpoints", "eval_bytes"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.eval_every >= 0, f"eval_every={self.eval_every} must not be negative; 0 is never on the way")
+        require(self.read_workers >= 0, f"read_workers={self.read_workers} must not be negative; 0 reads without any")

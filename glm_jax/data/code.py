@@ -46,39 +46,74 @@ def pieces(text: str, max_chars: int) -> list[str]:
     return [*found, "".join(current)]
 
 
-def concatenate(files: dict[str, str]) -> str:
+def concatenate(files: dict[str, str], cycles: str) -> str:
     """The files (path -> text) as one text in dependency order, each under a comment with its path."""
-    return "".join(header + files[path] for header, path in arranged(files))
+    return "".join(header + files[path] for header, path in arranged(files, cycles))
 
 
-def arranged(files: dict[str, str]) -> list[tuple[str, str]]:
+def arranged(files: dict[str, str], cycles: str) -> list[tuple[str, str]]:
     """(what stands before the file, path) in the order of `concatenate`."""
-    order = dependency_order(files)
+    order = dependency_order(files, cycles)
     return [(f"# {path}\n" if place == 0 else f"\n# {path}\n", path) for place, path in enumerate(order)]
 
 
-def dependency_order(files: dict[str, str]) -> list[str]:
-    """Paths so that a file comes after those it imports.
+def dependency_order(files: dict[str, str], cycles: str) -> list[str]:
+    """Paths so that a file comes after those it imports, one connected component after the other.
 
-    DeepSeek-Coder's algorithm 1: in each connected component take again and again the file with the fewest imports
-    still missing, which tolerates cycles; ties fall to the smaller path. Files that are not Python have no edges.
+    Where imports go in a circle, `cycles` says which are given up: "fewest_missing" or "least_feedback", the functions
+    below. Files that are not Python have no edges.
     """
     needs = imports(files)
+    ordered = {"fewest_missing": fewest_missing, "least_feedback": least_feedback}[cycles]
+    return [path for component in _components(needs) for path in ordered({path: needs[path] for path in component})]
+
+
+def fewest_missing(needs: dict[str, set[str]]) -> list[str]:
+    """DeepSeek-Coder's algorithm 1: again and again the file with the fewest imports still missing, then by path."""
+    missing, users = {path: set(wanted) for path, wanted in needs.items()}, _users(needs)
     order = []
-    for component in _components(needs):
-        missing = {path: set(needs[path]) for path in component}
-        users = defaultdict(set)
-        for path, wanted in missing.items():
-            for other in wanted:
-                users[other].add(path)
-        while missing:
-            path = min(missing, key=lambda p: (len(missing[p]), p))
-            del missing[path]
-            order.append(path)
-            for user in users[path]:
-                if user in missing:
-                    missing[user].discard(path)
+    while missing:
+        path = min(missing, key=lambda p: (len(missing[p]), p))
+        del missing[path]
+        order.append(path)
+        for user in users[path]:
+            if user in missing:
+                missing[user].discard(path)
     return order
+
+
+def least_feedback(needs: dict[str, set[str]]) -> list[str]:
+    """Eades, Lin and Smyth 1993: files that miss nothing come first and files that nobody waits for last; where there are
+    neither, the one with the most waiting for it beyond what it misses opens the circle."""
+    missing, users = {path: set(wanted) for path, wanted in needs.items()}, _users(needs)
+    first: list[str] = []
+    last: list[str] = []
+
+    def take(path: str, where: list[str]) -> None:
+        where.append(path)
+        for user in users.pop(path):
+            missing[user].discard(path)
+        for wanted in missing.pop(path):
+            users[wanted].discard(path)
+
+    while missing:
+        before = len(missing)
+        for path in sorted(missing):
+            if not missing[path]:
+                take(path, first)
+            elif not users[path]:
+                take(path, last)
+        if len(missing) == before:
+            take(min(missing, key=lambda p: (len(missing[p]) - len(users[p]), p)), first)
+    return first + last[::-1]
+
+
+def _users(needs: dict[str, set[str]]) -> dict[str, set[str]]:
+    users: dict[str, set[str]] = {path: set() for path in needs}
+    for path, wanted in needs.items():
+        for other in wanted:
+            users[other].add(path)
+    return users
 
 
 def imports(files: dict[str, str]) -> dict[str, set[str]]:

@@ -1,25 +1,47 @@
 """Exact and near duplicates, and what overlaps the held-out documents.
 
-MinHash over 5-grams of words in 14 bands of 8 rows (a pair of Jaccard similarity 0.8 becomes a candidate with
-probability 0.92); every candidate is verified by its exact similarity, and the smallest id of a cluster survives,
-so the answer depends neither on the order of the documents nor on chance.
+MinHash over 5-grams of words in bands of rows: a pair of Jaccard similarity s becomes a candidate with probability
+1 - (1 - s^rows)^bands, at 0.8 that is 0.92 for 14 x 8 and 0.998 for 20 x 6. Every candidate is verified by its exact
+similarity, and the smallest id of a cluster survives, so the answer depends neither on the order of the documents nor
+on chance.
 """
 
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from glm_jax.data.document import Document
 
-_WORD = re.compile(r"[\u4e00-\u9fff]|\w+|[^\w\s]")  # Chinese characters one by one
-_BANDS, _ROWS = 14, 8
+WORD = re.compile(r"[\u4e00-\u9fff]|\w+|[^\w\s]")  # Chinese characters one by one
+_BLOCK = 1 << 16  # hashes that are signed at a time: what a core's cache holds
+_HEAD_CHARS = 240  # of a dropped document, to read
 _GRAM = 5
 _LONG_GRAM = 13  # what two texts share by copying, not by chance
 _WHOLE = 100  # 13-grams of a held-out document that is worth looking for inside another
+REASONS = ("exact duplicate", "held-out text again", "near duplicate", "overlaps held-out text")
 _PAIRS_OF_ALL = 40  # a band's cluster up to this size is compared pair by pair, a larger one with its smallest id
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Why a document was dropped: `cluster` is the id of its cluster's first, `similarity` the measure that decided."""
+
+    id: str
+    path: str
+    domain: str
+    reason: str
+    cluster: str
+    similarity: float
+    head: str
+
+    @classmethod
+    def of(cls, document: Document, reason: str, first: Document, similarity: float) -> "Removal":
+        head = document.text[:_HEAD_CHARS]
+        return cls(document.id, document.path, document.domain, reason, first.id, round(similarity, 4), head)
 
 
 class Words:
@@ -30,7 +52,7 @@ class Words:
 
     def __call__(self, text: str) -> np.ndarray:
         seen = self._seen
-        words = _WORD.findall(text)
+        words = WORD.findall(text)
         for word in words:
             if word not in seen:
                 seen[word] = zlib.crc32(word.encode())
@@ -60,23 +82,31 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return shared / max(len(a) + len(b) - shared, 1)
 
 
-def signatures(sets: list[np.ndarray]) -> np.ndarray:
-    """[documents, bands * rows] uint64: the smallest hash of each set under as many hash functions."""
+def signatures(sets: list[np.ndarray], hashes: int) -> np.ndarray:
+    """[documents, hashes] uint64: the smallest hash of each non-empty set under as many hash functions."""
     random = np.random.Generator(np.random.PCG64(5))
-    factors = random.integers(0, 2**63, _BANDS * _ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    shifts = random.integers(0, 2**63, _BANDS * _ROWS, dtype=np.uint64)
-    starts = np.cumsum([0, *map(len, sets)])[:-1]
-    flat = np.concatenate(sets)
-    return np.stack([np.minimum.reduceat(flat * a + b, starts) for a, b in zip(factors, shifts, strict=True)], axis=1)
+    factors = random.integers(0, 2**63, hashes, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    shifts = random.integers(0, 2**63, hashes, dtype=np.uint64)
+    lengths = np.array([len(found) for found in sets], np.int64)
+    ends = np.cumsum(lengths)
+    signed = np.empty((len(sets), hashes), np.uint64)
+    begin = 0
+    while begin < len(sets):
+        before = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + _BLOCK, "right")))
+        flat, starts = np.concatenate(sets[begin:end]), (ends - lengths)[begin:end] - before
+        for number, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+            signed[begin:end, number] = np.minimum.reduceat(flat * factor + shift, starts)
+        begin = end
+    return signed
 
 
-def candidates(signature: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs (smaller, larger index) that agree in a whole band."""
+def candidates(signature: np.ndarray, rows: int) -> Iterator[tuple[int, int]]:
+    """Pairs (smaller, larger index) that agree in a whole band of `rows` hashes."""
     seen: set[tuple[int, int]] = set()
-    for band in range(_BANDS):
-        rows = signature[:, band * _ROWS : (band + 1) * _ROWS]
+    for begin in range(0, signature.shape[1], rows):
         buckets: dict[bytes, list[int]] = defaultdict(list)
-        for index, key in enumerate(np.ascontiguousarray(rows)):
+        for index, key in enumerate(np.ascontiguousarray(signature[:, begin : begin + rows])):
             buckets[key.tobytes()].append(index)
         for members in buckets.values():
             firsts = members if len(members) <= _PAIRS_OF_ALL else members[:1]
@@ -87,19 +117,20 @@ def candidates(signature: np.ndarray) -> Iterator[tuple[int, int]]:
                         yield first, second
 
 
-def exact(documents: Iterable[Document], drops: Counter[str]) -> list[Document]:
-    """One document for each id, the first by path, in the order of ids."""
+def exact(documents: Iterable[Document]) -> tuple[list[Document], list[Removal]]:
+    """One document for each id, the first by path, in the order of ids; and the others."""
     kept: dict[str, Document] = {}
+    removed = []
     for document in documents:
-        other = kept.get(document.id)
-        if other is not None:
-            drops["exact duplicate"] += 1
-        if other is None or document.path < other.path:
-            kept[document.id] = document
-    return [kept[key] for key in sorted(kept)]
+        other = kept.setdefault(document.id, document)
+        if other is not document:
+            stays, goes = sorted((other, document), key=lambda d: d.path)
+            kept[document.id] = stays
+            removed.append(Removal.of(goes, "exact duplicate", stays, 1.0))
+    return [kept[key] for key in sorted(kept)], removed
 
 
-def near(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
+def near(sets: list[np.ndarray], threshold: float, bands: int, rows: int) -> dict[int, int]:
     """Index -> smallest index of its cluster, for every set of 5-grams but the clusters' first."""
     filled = [index for index, found in enumerate(sets) if len(found)]
     parent = list(range(len(sets)))
@@ -109,55 +140,66 @@ def near(sets: list[np.ndarray], threshold: float) -> dict[int, int]:
             parent[index] = index = parent[parent[index]]
         return index
 
-    for a, b in candidates(signatures([sets[index] for index in filled])) if filled else ():
+    signed = signatures([sets[index] for index in filled], bands * rows)
+    for a, b in candidates(signed, rows):
         first, second = sorted((root(filled[a]), root(filled[b])))
         if first != second and jaccard(sets[filled[a]], sets[filled[b]]) >= threshold:
             parent[second] = first
     return {index: root(index) for index in range(len(sets)) if root(index) != index}
 
 
-def overlapping(train: list[np.ndarray], held_out: list[np.ndarray], share: float = 0.5) -> set[int]:
-    """Indices of training documents with at least `share` of their 13-grams held out, or of a held-out document's."""
+def overlapping(
+    train: list[np.ndarray], held_out: list[np.ndarray], share: float = 0.5
+) -> dict[int, tuple[int, float]]:
+    """Training document -> (held-out document, share of 13-grams) where at least `share` of either's are the other's."""
     if not held_out:
-        return set()
+        return {}
     owners = np.repeat(np.arange(len(held_out)), [len(found) for found in held_out])
     flat = np.concatenate(held_out)
     order = np.argsort(flat, kind="stable")
     flat, owners = flat[order], owners[order]
     sizes = np.array([len(found) if len(found) >= _WHOLE else np.inf for found in held_out])
-    found = set()
+    found = {}
     for index, grams_of_it in enumerate(train):
         left, right = np.searchsorted(flat, grams_of_it, "left"), np.searchsorted(flat, grams_of_it, "right")
         hits = right > left
         if not hits.any():
             continue
         owned = np.concatenate([owners[a:b] for a, b in zip(left[hits], right[hits], strict=True)])
-        contained = np.bincount(owned, minlength=len(sizes)) / sizes
-        if hits.mean() >= share or contained.max() >= share:
-            found.add(index)
+        shared = np.bincount(owned, minlength=len(sizes))
+        contained = max(hits.mean(), (shared / sizes).max())
+        if contained >= share:
+            found[index] = (int(shared.argmax()), float(contained))
     return found
 
 
 def clean(
-    train: list[Document], held_out: list[Document], threshold: float, drops: Counter[str]
-) -> tuple[list[Document], list[Document]]:
-    """Both without exact duplicates, training also without near duplicates and without what repeats held-out text."""
-    held_out = exact(held_out, drops)
-    taken = {document.id for document in held_out}
-    drops["held-out text again"] += sum(document.id in taken for document in train)
-    train = exact((document for document in train if document.id not in taken), drops)
+    train: list[Document], held_out: list[Document], threshold: float, minhash: tuple[int, int] = (14, 8)
+) -> tuple[list[Document], list[Document], list[Removal]]:
+    """Both without exact duplicates, training also without near duplicates (`minhash`: bands, rows) and without what
+    repeats held-out text; and what was removed, with its reason."""
+    held_out, removed = exact(held_out)
+    taken = {document.id: document for document in held_out}
+    removed += [Removal.of(d, "held-out text again", taken[d.id], 1.0) for d in train if d.id in taken]
+    train, again = exact(document for document in train if document.id not in taken)
+    removed += again
+    everything = [*held_out, *train]
     words = Words()
-    everything = [words(document.text) for document in [*held_out, *train]]
-    long_grams = [grams(found, _LONG_GRAM) for found in everything]
+    of_document = [words(document.text) for document in everything]
+    long_grams = [grams(found, _LONG_GRAM) for found in of_document]
     leaks = overlapping(long_grams[len(held_out) :], long_grams[: len(held_out)])
-    first_of = near([grams(found, _GRAM) for found in everything], threshold)
+    sets = [grams(found, _GRAM) for found in of_document]
+    first_of = near(sets, threshold, *minhash)
     kept = []
     for index, document in enumerate(train):
         first = first_of.get(index + len(held_out))
-        if index in leaks or (first is not None and first < len(held_out)):
-            drops["overlaps held-out text"] += 1
+        if index in leaks:
+            other, share = leaks[index]
+            removed.append(Removal.of(document, "overlaps held-out text", held_out[other], share))
         elif first is not None:
-            drops["near duplicate"] += 1
+            reason = "overlaps held-out text" if first < len(held_out) else "near duplicate"
+            similarity = jaccard(sets[index + len(held_out)], sets[first])
+            removed.append(Removal.of(document, reason, everything[first], similarity))
         else:
             kept.append(document)
-    return kept, held_out
+    return kept, held_out, removed

@@ -22,6 +22,7 @@ from glm_jax.config import ConfigError
 from glm_jax.data import packing
 from glm_jax.data.document import write
 from glm_jax.data.input import Batch, Piece, assemble, row_pieces
+from glm_jax.data.shards import Flat
 from glm_jax.data.stages import Prepared, Tokens, id_dtype
 from glm_jax.text.chat import Rendered, render_tokens
 from glm_jax.text.tokenizer import Tokenizer
@@ -73,9 +74,12 @@ class Packed:
 
     def row(self, index: int, seq_len: int, end: int) -> Batch:
         """Row `index` as arrays; an empty one beyond the last."""
-        stored = (self.tokens.flat, self.tokens.offsets, self.trained, self.shared)
-        pieces = row_pieces(self.plan, index, *stored) if index < len(self.plan) else []
         empty = Piece(self.tokens.flat[:0], 0, self.trained[:0], False)
+        if index >= len(self.plan):
+            return assemble([empty], seq_len, isolate=True, end=end)
+        tokens, trained = (Flat(flat, self.tokens.offsets) for flat in (self.tokens.flat, self.trained))
+        shared = self.shared[self.plan.row_starts[index] : self.plan.row_starts[index + 1]]
+        pieces = row_pieces(self.plan.row(index), tokens, trained, shared)
         return assemble(pieces or [empty], seq_len, isolate=True, end=end)
 
 

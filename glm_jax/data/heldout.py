@@ -36,7 +36,7 @@ def split(documents: list[Document], share: float) -> tuple[list[Document], list
     return [d for d in documents if d.group not in chosen], [d for d in documents if d.group in chosen]
 
 
-def with_long(documents: list[Document]) -> list[Document]:
+def with_long(documents: list[Document], cycles: str) -> list[Document]:
     """The held-out documents in the order of their ids, then domain "long": whole repositories and long pages."""
     unique = sorted({document.id: document for document in documents}.values(), key=lambda d: d.id)
     long = [
@@ -49,7 +49,7 @@ def with_long(documents: list[Document]) -> list[Document]:
         if document.repo is not None:
             repositories[document.repo].append(document)
     for name, files in repositories.items():
-        text = concatenate({file.path: file.text for file in files})
+        text = concatenate({file.path: file.text for file in files}, cycles)
         if len(text.encode()) >= LONG_BYTES:
             source = "repository:" + files[0].source
             long.append(Document.of(text, domain="long", source=source, path=name, group=files[0].group))

@@ -1,7 +1,6 @@
 """Microbatches of a prepared stage: a grain dataset over the rows of its plan.
 
-The position is one number, so resuming is exact and instant, and does not depend on workers. Reading happens in the
-calling thread: a row is a few slices of a memory-mapped file, and grain's threads cost more than they bring.
+The position is one number, so resuming is exact and instant, and depends neither on hosts nor on workers.
 """
 
 import json
@@ -9,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import absl.flags
 import grain
 import numpy as np
 
 from glm_jax.config import Stage
+from glm_jax.data import shards, stages
 from glm_jax.data.document import DataError
-from glm_jax.data.packing import LOOKAHEAD, Plan
+from glm_jax.data.packing import LOOKAHEAD
+from glm_jax.data.shards import Store
 
 Batch = dict[str, np.ndarray]
 _PASSES = 2**31  # no end in sight; with grain's own endless repeat the length overflows for one row a batch
@@ -33,19 +35,31 @@ class Rows:
             )
         self.facts = facts
         self._stage = stage
-        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-        self._offsets = np.load(folder / "offsets.npy")
-        trained = folder / "trained.npy"  # of dialogues: which tokens are the assistant's
-        self._trained = np.load(trained, mmap_mode="r") if trained.exists() else None
-        shared = folder / "shared.npy"  # segments that the rest of their row continues
-        self._shared = np.load(shared) if shared.exists() else None
-        self._plan = Plan(np.load(folder / "segments.npy", mmap_mode="r"), np.load(folder / "row_starts.npy"))
+        self._row_starts = np.load(folder / "row_starts.npy")
+        self._trained = self._shared = self._first = None
+        if (folder / shards.TABLE).exists():
+            self._segments = np.load(folder / shards.TABLE, mmap_mode="r")
+            self._first = np.load(folder / "first.npy")
+            self._tokens = shards.Shards(folder, stages.id_dtype(facts["vocab_size"]))
+        else:
+            self._segments = np.load(folder / "segments.npy", mmap_mode="r")
+            offsets = np.load(folder / "offsets.npy")
+            self._tokens = shards.Flat(np.load(folder / "tokens.npy", mmap_mode="r"), offsets)
+            if (folder / "trained.npy").exists():  # of dialogues: which tokens are the assistant's
+                self._trained = shards.Flat(np.load(folder / "trained.npy", mmap_mode="r"), offsets)
+            if (folder / "shared.npy").exists():  # segments that the rest of their row continues
+                self._shared = np.load(folder / "shared.npy")
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._row_starts) - 1
 
     def __getitem__(self, index: int) -> Batch:
-        pieces = row_pieces(self._plan, int(index), self._tokens, self._offsets, self._trained, self._shared)
+        here = slice(self._row_starts[index], self._row_starts[index + 1])
+        segments = self._segments[here]
+        if self._first is not None:
+            segments = shards.numbered(segments, self._first)
+        shared = None if self._shared is None else self._shared[here]
+        pieces = row_pieces(segments, self._tokens, self._trained, shared)
         return assemble(pieces, self._stage.seq_len, self._stage.isolate, self.facts["end"])
 
 
@@ -60,21 +74,14 @@ class Piece(NamedTuple):
 
 
 def row_pieces(
-    plan: Plan,
-    index: int,
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    trained: np.ndarray | None = None,
-    shared: np.ndarray | None = None,
+    segments: np.ndarray, tokens: Store, trained: Store | None = None, shared: np.ndarray | None = None
 ) -> list[Piece]:
-    """The pieces of a plan's row: document i is `tokens[offsets[i]:offsets[i + 1]]`, `trained` stands beside the tokens
-    and `shared` beside the plan's segments."""
+    """The pieces of a row's segments [n, 3] (text, start, length); `trained` goes with `tokens`, `shared` with the segments."""
     pieces = []
-    for number, (document, start, length) in enumerate(plan.row(index), start=int(plan.row_starts[index])):
-        begin = offsets[document] + start
-        here = slice(begin, min(begin + length + LOOKAHEAD, offsets[document + 1]))
-        mask = None if trained is None else trained[here]
-        pieces.append(Piece(tokens[here], int(length), mask, None if shared is None else bool(shared[number])))
+    for number, (text, start, length) in enumerate(segments.tolist()):
+        here = (text, start, start + length + LOOKAHEAD)
+        mask = None if trained is None else trained(*here)
+        pieces.append(Piece(tokens(*here), length, mask, None if shared is None else bool(shared[number])))
     return pieces
 
 
@@ -124,24 +131,38 @@ def assemble(pieces: Sequence[Piece], seq_len: int, isolate: bool, end: int) -> 
 
 
 class Microbatches:
-    """Endless microbatches [microbatch_rows, seq_len] of a stage: rows shuffled by `seed`, anew in each pass."""
+    """Endless microbatches [microbatch_rows, seq_len] of a stage: rows shuffled by `seed`, anew in each pass.
 
-    def __init__(self, folder: Path, stage: Stage, seed: int = 0):
+    Of a microbatch, host `index` of `count` (`share`) reads its equal part, and the parts laid one behind the other are
+    the same for every count. `workers` processes may read ahead; 0 reads in the calling thread, which for slices of
+    local files is fastest. Neither changes what comes nor what a position means.
+    """
+
+    def __init__(self, folder: Path, stage: Stage, seed: int = 0, share: tuple[int, int] = (0, 1), workers: int = 0):
+        index, count = share
+        if stage.microbatch_rows % count:
+            raise DataError(
+                f"microbatches of {stage.microbatch_rows} rows cannot be shared by {count} hosts; "
+                f"set microbatch_rows to a multiple of {count}"
+            )
         self.rows = Rows(folder, stage)
         endless = grain.MapDataset.source(self.rows).shuffle(seed=seed).repeat(_PASSES)
-        dataset = endless.batch(stage.microbatch_rows)
-        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._batches = endless.batch(stage.microbatch_rows // count)[index::count]
         self._identity = f"{self.rows.facts['key']}/{seed}/{stage.microbatch_rows}"
+        self._workers = workers
+        self._go_to(0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._microbatch += 1
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position, JSON-ready: what `set_state` takes to go on with the microbatch that would come next."""
-        return {"microbatch": self._iterator.get_state()["next_index"], "rows": self._identity}
+        return {"microbatch": self._microbatch, "rows": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a position of the same data, seed and microbatch size; DataError for another."""
@@ -150,10 +171,19 @@ class Microbatches:
                 f"the position is of rows {state['rows']}, these are {self._identity} (data/seed/microbatch_rows); "
                 "go on with the data, seed and microbatch size that the checkpoint was made with"
             )
-        self._iterator.set_state({"next_index": int(state["microbatch"])})
+        self.close()
+        self._go_to(int(state["microbatch"]))
 
     def close(self) -> None:
         self._iterator.close()
+
+    def _go_to(self, microbatch: int) -> None:
+        self._microbatch = microbatch
+        left = self._batches[microbatch:].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if self._workers:
+            absl.flags.FLAGS.mark_as_parsed()  # grain's workers ask for flags, which a plain script never parses
+            left = left.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        self._iterator = iter(left)
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,11 @@
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
+    OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
     OUT/heldout.jsonl            held-out documents, with the domain "long" besides the three
     OUT/tokenizer.json           and chat_template.jinja, which goes with it
-    OUT/<stage>/                 tokens.npy, offsets.npy, segments.npy, row_starts.npy, stage.json
+    OUT/<stage>/                 the rows: row_starts.npy, stage.json and, flat, tokens.npy, offsets.npy, segments.npy;
+                                 with data.shard_tokens tokens-*.array_record, first.npy, rows.npy (see shards.py)
     OUT/manifest.json            counts, reasons of drops, buckets, stages; written last
     OUT/done/<step>.json         a step's mark: hash of its inputs, hashes of its files
 
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import dedup, heldout, quality, sources, stages
+from glm_jax.data import dedup, heldout, quality, semantic, sources, stages
 from glm_jax.data.document import (
     DOMAINS,
     DataError,
@@ -184,17 +186,24 @@ def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
 
 
 def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
-    drops: Counter[str] = Counter()
     training, held_out = (read_documents(out / "collected" / f"{name}.jsonl") for name in ("train", "heldout"))
     tell(1, 10)
-    training, held_out = dedup.clean(training, held_out, run.data.duplicate_jaccard, drops)
+    training, held_out, removed = dedup.clean(training, held_out, run.data.duplicate_jaccard, run.data.minhash)
     tell(8, 10)
+    drops: Counter[str] = Counter(dict.fromkeys(dedup.REASONS, 0))
+    if run.data.semantic_kept < 1:
+        training, alike = semantic.clean(training, run.data.semantic_kept)
+        removed += alike
+    drops.update(removal.reason for removal in removed)
     training = quality.with_buckets(training, len(run.data.bucket_epochs))
     (to / "documents").mkdir()
     for domain in DOMAINS:
         write_documents(to / "documents" / f"{domain}.jsonl", [d for d in training if d.domain == domain])
-    write_documents(to / "heldout.jsonl", heldout.with_long(held_out))
+    write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))
     write(to / "documents" / "drops.json", _pretty(drops))
+    if run.data.removals:
+        lines = (json.dumps(vars(removal), ensure_ascii=False) + "\n" for removal in removed)
+        write(to / "documents" / "removed.jsonl", "".join(lines))
 
 
 def _training_documents(run: Run, out: Path) -> list[Document]:
@@ -245,7 +254,7 @@ def _stage(run: Run, stage: Any, out: Path, to: Path, tell: Callable[[int, int],
             "add --data.paths or shorten seq_len"
         )
     (to / stage.name).mkdir()
-    built.save(to / stage.name)
+    built.save(to / stage.name, run.data.shard_tokens)
     key = hashlib.sha256(built.tokens.flat.tobytes() + built.plan.segments.tobytes()).hexdigest()[:12]
     write(
         to / stage.name / "stage.json",

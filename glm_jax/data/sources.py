@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm_jax.data import web
 from glm_jax.data.document import DataError, Document
 
 # Packages that this project installs, distribution and module alike. Of the first every long docstring is taken,
@@ -23,9 +24,11 @@ from glm_jax.data.document import DataError, Document
 PROSE = ("numpy", "flax", "optax", "grain", "jinja2", "tqdm", "tyro")
 MATHS = ("scipy", "jax", "matplotlib", "tensorboardX")
 
+PAGES = (".html", ".htm", ".xhtml")
 EXTENSIONS: dict[str, str] = {
     **dict.fromkeys((".txt", ".md", ".rst"), "general"),
     **dict.fromkeys((".tex",), "math"),
+    **dict.fromkeys(PAGES, "general"),
     **dict.fromkeys(
         (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".rs", ".java", ".js", ".ts"), "code"
     ),
@@ -76,7 +79,7 @@ def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document
         if domain is None:
             drops["unknown extension"] += 1
             continue
-        text = _read(path, drops)
+        text = _read_page(path, drops) if path.suffix.lower() in PAGES else _read(path, drops)
         if text is None or not _usable(text, domain == "code", drops):
             continue
         if domain == "general" and LATEX.search(text):
@@ -150,6 +153,22 @@ def _read(path: Path, drops: Counter[str]) -> str | None:
     except UnicodeDecodeError:
         drops["undecodable bytes"] += 1
         return None
+
+
+def _read_page(path: Path, drops: Counter[str]) -> str | None:
+    """The text of a web page, as UTF-8 wants it; what cannot be decoded or would hang a parser is dropped by reason."""
+    if not web.available():
+        drops['web page, and no resiliparse to read it (pip install ".[data]")'] += 1
+        return None
+    try:
+        if path.stat().st_size > web.MOST_BYTES:
+            raise web.Unusable("page too large")
+        return web.text(path.read_bytes())
+    except OSError:
+        drops["unreadable file"] += 1
+    except web.Unusable as reason:
+        drops[str(reason)] += 1
+    return None
 
 
 def _usable(text: str, code: bool, drops: Counter[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Data, Stage
-from glm_jax.data import code, mixture, packing
+from glm_jax.data import code, mixture, packing, shards
 from glm_jax.data.document import DOMAINS, Document, unit
 from glm_jax.text.tokenizer import Tokenizer
 
@@ -81,10 +81,17 @@ class Prepared:
     plan: packing.Plan
     facts: dict[str, Any]
 
-    def save(self, folder: Path) -> None:
-        self.tokens.save(folder)
-        np.save(folder / "segments.npy", self.plan.segments)
+    def save(self, folder: Path, shard_tokens: int = 0) -> None:
+        """Write them flat, or with `shard_tokens` as shards of about so many tokens."""
         np.save(folder / "row_starts.npy", self.plan.row_starts)
+        if not shard_tokens:
+            self.tokens.save(folder)
+            np.save(folder / "segments.npy", self.plan.segments)
+            return
+        first = shards.split(self.tokens.lengths, shard_tokens)
+        shards.save(folder, self.tokens, first)
+        np.save(folder / "first.npy", first)
+        np.save(folder / shards.TABLE, shards.table(self.plan.segments, first))
 
 
 def build(
@@ -97,7 +104,7 @@ def build(
 ) -> Prepared:
     """Rows of `stage` from training documents and their tokens (each ended), as a pure function of the arguments."""
     if stage.long_documents:
-        documents, tokens = _with_repositories(documents, tokens, tokenizer)
+        documents, tokens = _with_repositories(documents, tokens, tokenizer, data.cycles)
     pool = mixture.Pool(
         [d.id for d in documents], [d.domain for d in documents], [d.bucket for d in documents], tokens.lengths
     )
@@ -124,7 +131,7 @@ def build(
 
 
 def _with_repositories(
-    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer
+    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, cycles: str
 ) -> tuple[list[Document], Tokens]:
     """Files of a repository become one document in dependency order; the others stay."""
     single = [index for index, document in enumerate(documents) if document.repo is None]
@@ -136,7 +143,7 @@ def _with_repositories(
     row_of = {document.id: index for index, document in enumerate(documents)}
     for name in sorted(files):
         text_of = {file.path: file for file in files[name]}
-        arranged = code.arranged({path: file.text for path, file in text_of.items()})
+        arranged = code.arranged({path: file.text for path, file in text_of.items()}, cycles)
         headers = tokenizer.encode_batch([header for header, _ in arranged])
         parts = [
             part

@@ -51,7 +51,9 @@ def train_stage(
     tx = optimizer(run.optim, specs)
     with checkpoint.sole_writer(out), jax.set_mesh(device_mesh):
         checkpoint.save_run(out, run, stage.name, data, start or weights)
-        trainer = _Trainer(run, stage, cfg, tx, out, Microbatches(data, stage, run.loop.seed), measure)
+        share = mesh.process_share(device_mesh, stage.microbatch_rows)
+        batches = Microbatches(data, stage, run.loop.seed, share, run.loop.read_workers)
+        trainer = _Trainer(run, stage, cfg, tx, out, batches, measure)
         try:
             trainer.restore(start, weights)
             return trainer.train(evaluate)
@@ -149,10 +151,10 @@ class _Trainer:
     def _batch(self, planned: Step) -> dict[str, jax.Array]:
         """A step's microbatches, stacked and padded to the most that any step of the stage has: one compiled shape.
         Where the MTP loss has no weight they go without its targets, and the step without the MTP layer."""
-        rows = [next(self.batches) for _ in range(planned.microbatches)]
+        here = [next(self.batches) for _ in range(planned.microbatches)]
         if not planned.mtp_weight:
-            rows = [{name: z for name, z in one.items() if not name.startswith("mtp_")} for one in rows]
-        return stacked(rows, self.most_microbatches)
+            here = [{name: z for name, z in one.items() if not name.startswith("mtp_")} for one in here]
+        return stacked(here, self.most_microbatches, rows=self.stage.microbatch_rows)
 
     def _report(self, pending: tuple | None) -> None:
         """Fetch and log a step that has been dispatched; stop at a loss that is no number."""

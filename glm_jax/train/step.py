@@ -131,12 +131,17 @@ def train_step(
     return State(state.step + 1, params, router_bias_LE, opt), metrics
 
 
-def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int) -> Batch:
-    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape."""
+def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int, rows: int | None = None) -> Batch:
+    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape.
+
+    With `rows`, each process gives its share of microbatches of so many rows (`mesh.process_share`); else all of them.
+    """
     empty = {name: np.zeros_like(z) for name, z in microbatches[0].items()}
     padded = [*microbatches, *[empty] * (room - len(microbatches))]
     place = mesh.batch_sharding(jax.sharding.get_mesh())
-    return {name: jax.device_put(np.stack([one[name] for one in padded]), place) for name in empty}
+    whole = {name: (room, rows or z.shape[0], *z.shape[1:]) for name, z in empty.items()}
+    here = {name: np.stack([one[name] for one in padded]) for name in empty}
+    return {name: jax.make_array_from_process_local_data(place, here[name], whole[name]) for name in empty}
 
 
 def _merge(path: tuple, total: Array, one: Array) -> Array:

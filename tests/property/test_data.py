@@ -24,6 +24,13 @@ def test_best_fit_places_every_token_once_and_cuts_only_what_exceeds_a_row(lengt
     assert len(plan) <= max(1, 2 * sum(lengths) / seq_len + 1)  # no two rows could be one
 
 
+def test_best_fit_of_a_hundred_thousand_documents_needs_no_more_rows_than_their_tokens_fill():
+    lengths = np.random.default_rng(0).lognormal(np.log(6000), 1.3, 100_000).astype(np.int64) + 1
+    plan = packing.best_fit(lengths, 32_768)
+    assert len(plan) <= 1.001 * -(-lengths.sum() // 32_768)
+    assert len(plan.segments) == (-(-lengths // 32_768)).sum()  # no document is cut that fits
+
+
 @given(LENGTHS, st.integers(8, 40))
 def test_truncation_makes_every_token_of_full_rows_a_target_exactly_once(lengths, seq_len):
     stream = np.concatenate([np.arange(n) + 1000 * d for d, n in enumerate(lengths)])

@@ -51,6 +51,17 @@ def test_a_document_is_read_whole_in_each_pass_but_the_sampled_one():
     assert (found[:, 2] < pool.tokens[found[:, 0]]).sum() <= 6  # domains times buckets that are read
 
 
+def test_a_bucket_at_3_2_epochs_is_read_three_or_four_times_and_3_2_on_average():
+    tokens = np.random.default_rng(0).lognormal(6, 1.2, 1000).astype(np.int64) + 1
+    pool = mixture.Pool([f"{i:04}" for i in range(1000)], ["code"] * 1000, [0] * 1000, tokens)
+    found = mixture.instances(pool, np.full(1000, 3.2), 0, "s")
+    times = np.bincount(found[:, 0], minlength=1000)
+    assert set(times.tolist()) == {3, 4}
+    assert found[:, 2].sum() == np.ceil(3.2 * tokens.sum())
+    # of the documents a fifth within a few standard errors: the quota is of tokens
+    assert abs(times.mean() - 3.2) < 4 * 0.4 / np.sqrt(1000)
+
+
 def test_order_is_a_pure_function_of_the_seed():
     pool = _pool()
     wanted = mixture.epochs(pool, _stage(100_000), EPOCHS)

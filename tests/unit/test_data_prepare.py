@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
-from glm_jax.data import document, prepare, sources
+from glm_jax.data import document, packing, prepare, sources, stages
 from glm_jax.data.document import DataError
 from glm_jax.data.heldout import read_held_out
-from glm_jax.data.input import Microbatches
+from glm_jax.data.input import Microbatches, Rows
 
 LIBRARY = Path(os.__file__).parent
 SHAPES = Model(V=512, D=8, L=1, dense_layers=1, N=2, K=1, H=4, F=8, M=8, E=2, A=1, max_positions=512)
@@ -193,6 +194,67 @@ def test_microbatches_resume_exactly_and_every_row_comes_once_a_pass(run, folder
         Microbatches(folder, stage, seed=4).set_state(state)
     for iterator in (batches, again, one_pass):
         iterator.close()
+
+
+def _global(folder: Path, stage: Stage, count: int, microbatches: int, workers: int = 0, state=None):
+    """(microbatches put together from the shares of `count` hosts, the position after them)."""
+    hosts = [Microbatches(folder, stage, 3, (index, count), workers) for index in range(count)]
+    for host in hosts if state else ():
+        host.set_state(state)
+    parts = [[next(host) for host in hosts] for _ in range(microbatches)]
+    states = [host.get_state() for host in hosts]
+    for host in hosts:
+        host.close()
+    assert all(one == states[0] for one in states)
+    assert len(json.dumps(states[0])) < 1000
+    return [{name: np.concatenate([part[name] for part in row]) for name in row[0]} for row in parts], states[0]
+
+
+def _same(got, expected) -> bool:
+    return len(got) == len(expected) and all(
+        np.array_equal(a[name], b[name]) for a, b in zip(got, expected, strict=True) for name in a
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_one_two_and_four_hosts_read_the_same_global_batches_and_go_on_for_each_other(run, folder, count):
+    stage = run.stages[0]
+    expected, _ = _global(folder, stage, 1, 100)  # more than one pass
+    first, state = _global(folder, stage, count, 41)
+    assert _same(first, expected[:41])
+    for others in (1, 2, 4):
+        assert _same(_global(folder, stage, others, 59, state=state)[0], expected[41:])
+
+
+def test_a_microbatch_that_hosts_cannot_share_is_refused(run, folder):
+    with pytest.raises(DataError, match="multiple of 3"):
+        Microbatches(folder, run.stages[0], 0, (0, 3))
+
+
+@pytest.mark.slow
+def test_workers_change_neither_what_comes_nor_what_a_position_means(run, folder):
+    stage = run.stages[0]
+    expected, _ = _global(folder, stage, 1, 20)
+    first, state = _global(folder, stage, 1, 7, workers=2)
+    assert _same(first, expected[:7])
+    assert _same(_global(folder, stage, 1, 13, state=state)[0], expected[7:])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_rows_of_shards_are_the_rows_of_flat_arrays(run, folder, tmp_path, index):
+    stage = run.stages[index]
+    facts = json.loads((folder / stage.name / "stage.json").read_text())
+    tokens, there = stages.Tokens.load(folder / stage.name), folder / stage.name
+    plan = packing.Plan(np.load(there / "segments.npy"), np.load(there / "row_starts.npy"))
+    out = tmp_path / stage.name
+    out.mkdir()
+    stages.Prepared(tokens, plan, facts).save(out, shard_tokens=3000)
+    for name in (f"{stage.name}/stage.json", "manifest.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    assert len(list(out.glob("tokens-*.array_record"))) > 1
+    assert np.load(out / "rows.npy", mmap_mode="r")[0].nbytes == 16
+    flat, sharded = Rows(folder, stage), Rows(tmp_path, stage)
+    assert _same([sharded[i] for i in range(len(sharded))], [flat[i] for i in range(len(flat))])
 
 
 def test_another_row_length_or_stage_is_refused(run, folder):

@@ -104,7 +104,7 @@ def test_long_documents_are_repositories_in_order_and_long_pages():
         sources.Document.of("from p import b\n" + text, path="p/a.py", **make),
         sources.Document.of(text, path="p/b.py", **make),
     ]
-    (long,) = [d for d in with_long(files) if d.domain == "long"]
+    (long,) = [d for d in with_long(files, "least_feedback") if d.domain == "long"]
     assert long.text.startswith("# p/b.py\n")
     assert "\n# p/a.py\nfrom p import b" in long.text
 
