@@ -72,11 +72,13 @@ def posttrain() -> Posttrain:
         grpo, steps=14, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
         hard_pool=16,
     )  # fmt: skip
+    agent_sft = replace(long_sft, dialogues=1000, held_out=64, epochs=4)
+    chat_sft = replace(sft, dialogues=4500, epochs=2.5)
     return Posttrain(
         experts=(
             Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=3, direct_share=0.2),
-            Expert("agent", sft=replace(long_sft, dialogues=1000, held_out=64, epochs=4), sft_levels=(1, 2), grpo=agent, unify_share=0.75, direct_share=0.4),
-            Expert("chat", sft=replace(sft, dialogues=4500, epochs=2.5), sft_levels=(1, 2), grpo=chat, unify_share=3),
+            Expert("agent", sft=agent_sft, sft_levels=(1, 2), grpo=agent, unify_share=0.75, direct_share=0.4),
+            Expert("chat", sft=chat_sft, sft_levels=(1, 2), grpo=chat, unify_share=3),
         ),
         unify=Unify(
             prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.25),
