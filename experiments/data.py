@@ -2,6 +2,7 @@
 
     python -m experiments.data --recipe tiny --out data/tiny
     python -m experiments.data --recipe tiny --out data/mine --data.paths ~/notes ~/projects
+    python -m experiments.data --recipe mini --out data/mini      # with SemDedup, and rows in ArrayRecord shards
 
 Sources: the standard library of this Python (its packages as repositories), the topics of pydoc, docstrings and readme
 pages of installed packages (those with LaTeX are the mathematics); nothing is downloaded. --data.paths adds folders of
@@ -10,7 +11,8 @@ counts as a repository.
 
 Steps, in this order:
   collect     read the sources; hold out --data.held_out of them by whole modules, packages and pages
-  clean       drop exact and near duplicates and what repeats held-out text; score; sort into quality buckets
+  clean       drop exact and near duplicates, with --data.semantic_kept templated pages too, and what repeats held-out
+              text; score; sort into quality buckets (--data.removals lists what went, for what)
   tokenizer   learn --model.V byte pairs and special tokens from the training documents
   tokens      encode them
   stage NAME  draw the stage's tokens by mixture and bucket, apply FIM to code, pack rows
