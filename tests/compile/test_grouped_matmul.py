@@ -15,7 +15,9 @@ pytestmark = [
         not analysis.can_compile("tpu"), reason="needs the libtpu wheel that jax pins: pip install 'jax[tpu]'"
     ),
 ]
-ROWS, SHAPES = 16384, {"glm45": (5120, 1536, 20), "air": (4096, 1408, 16)}  # D, M, and E of one of eight expert shards
+ROWS = 16384
+# D, M, and E of one of eight expert shards
+SHAPES = {"glm45": (5120, 1536, 20), "glm45_down": (1536, 5120, 20), "air": (4096, 1408, 16)}
 
 
 def arrays(operation, D, M, E):
@@ -33,6 +35,7 @@ def arrays(operation, D, M, E):
         ("gmm", "glm45", "tpu7x"),
         ("gmm_t", "air", "v5p"),
         ("gmm_t", "glm45", "tpu7x"),
+        ("gmm_t", "glm45_down", "v6e"),
         ("tgmm", "glm45", "v5p"),
     ],
 )
