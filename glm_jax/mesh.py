@@ -5,7 +5,7 @@ and without any mesh (a notebook that calls a function on plain arrays) every fu
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,7 @@ def everywhere(spec: Spec) -> PartitionSpec:
     return PartitionSpec()
 
 
-def axes_of(layout: PartitionSpec) -> tuple[str, ...]:
+def axes_of(layout: Iterable[Any]) -> tuple[str, ...]:
     """The axes that a layout splits an array over."""
     return tuple(axis for axes in layout for axis in _tuple(axes))
 

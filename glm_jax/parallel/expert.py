@@ -69,7 +69,7 @@ def _chunks(rows: int, length: int, choices: int) -> int:
     return next(n for n in range(least, tokens + 1) if tokens % n == 0)
 
 
-def _chunk(implementation: str | None, layer: tuple[Array, Array, Array], tokens: tuple[Array, Array, Array]) -> Array:
+def _chunk(implementation: str | None, layer: tuple[Array, ...], tokens: tuple[Array, ...]) -> Array:
     if not mesh.active():
         x_XD, experts_XA, weights_XA = tokens
         return expert_mlp(x_XD, *layer, experts_XA, weights_XA, implementation=implementation)

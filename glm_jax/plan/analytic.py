@@ -4,7 +4,7 @@ A second of it, where the compiler takes minutes; and what the compiler's figure
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,7 @@ def matrices(spec: Spec) -> tuple[int, int, int]:
 
 def traffic(now: Work) -> dict[str, float]:
     """Bytes that each device must receive in a step, by "axis kind", if nothing travels that need not."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for axes, kind, received in _transfers(now):
         size = math.prod(now.axes[axis] for axis in axes)
         if size > 1:

@@ -1,12 +1,12 @@
 """What a compiled program does, read from its text: operations, bytes, traffic between devices, large arrays.
 
 XLA's own cost analysis counts the body of a loop once. Here a computation counts as often as it runs: a `while` body by
-its known trip count, everything else as often as what calls it.
+its known trip count, or by the number that its condition compares with; everything else as often as what calls it.
 """
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from functools import cached_property
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 NO_TRAFFIC = {  # with memory: names for what lies there already
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "copy-done", "async-start", "async-update", "async-done", "opt-barrier",
+    "partition-id", "replica-id", "iota", "copy-start", "async-start", "async-update", "async-done", "opt-barrier",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
 BITS = re.compile(r"\d+")
@@ -59,6 +59,7 @@ class Op:
     shapes: tuple[Shape, ...]  # several where it returns a tuple
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""  # of a constant
 
     @property
     def bytes(self) -> float:
@@ -114,13 +115,21 @@ class Program:
         times: Counter[str] = Counter({self.entry: 1})
         for name in reversed(self.computations):
             for op in self.computations[name].ops:
-                trips = TRIPS.search(op.attributes) if op.opcode == "while" else None
-                for how, names in CALLED.findall(op.attributes):
+                called_by = CALLED.findall(op.attributes)
+                trips = self._trips(op, dict(called_by)) if op.opcode == "while" else 1
+                for how, names in called_by:
                     for called in re.findall(r"[\w.\-]+", names):
-                        times[called] += times[name] * (int(trips.group(1)) if trips and how == "body" else 1)
+                        times[called] += times[name] * (trips if how == "body" else 1)
                         if op.opcode == "fusion" or (how == "to_apply" and op.opcode != "call") or name in self.inlined:
                             self.inlined.add(called)
         return times
+
+    def _trips(self, loop: Op, called: dict[str, str]) -> int:
+        """Loops that jax makes count up from zero; one whose end is known on the device alone counts once."""
+        if known := TRIPS.search(loop.attributes):
+            return int(known.group(1))
+        condition = self.computations[called["condition"].lstrip("%")]
+        return max((int(op.literal) for op in condition.ops if op.literal.isdigit()), default=1)
 
     def ops(self, *, inlined: bool) -> Iterator[tuple[Computation, Op, int]]:
         """(where it stands, operation, how often it runs); those inside fusions too, or not."""
@@ -132,14 +141,14 @@ class Program:
     @cached_property
     def flops(self) -> dict[str, float]:
         """Of matrix products, by what does them: "xla", or the name of a kernel as its cost estimate has it."""
-        found: Counter[str] = Counter()
+        found: dict[str, float] = defaultdict(float)
         for computation, op, times in self.ops(inlined=True):
             if op.opcode == "dot":
                 found["xla"] += times * _dot_flops(computation, op)
             elif op.opcode == "convolution":
                 found["xla"] += times * _convolution_flops(computation, op)
             elif op.opcode == "custom-call" and (cost := COST.search(op.attributes)):
-                found[op.source.rsplit("/", 1)[-1] or op.name] += times * int(cost.group(1))
+                found[re.sub(r"[.\d]+$", "", op.name)] += times * int(cost.group(1))
         return dict(found)
 
     @cached_property
@@ -212,7 +221,8 @@ def _op(name: str, rest: str) -> Op:
     start = rest.index("(", end)
     close = _closing(rest, start)
     operands = tuple(NAME.findall(rest[start:close]))
-    return Op(name, opcode, _shapes(rest[:end]), operands, rest[close + 1 :])
+    literal = rest[start + 1 : close] if opcode == "constant" else ""
+    return Op(name, opcode, _shapes(rest[:end]), operands, rest[close + 1 :], literal)
 
 
 def _closing(text: str, start: int) -> int:

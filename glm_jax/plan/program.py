@@ -46,8 +46,10 @@ def compile_step(
         )  # fmt: skip
         tell("compiling")
         compiled = lowered.compile()
-    used = compiled.memory_analysis()
-    return Compiled(used.argument_size_in_bytes, used.temp_size_in_bytes, perf_counter() - began, compiled.as_text())
+    used, text = compiled.memory_analysis(), compiled.as_text()
+    if used is None or text is None:
+        raise RuntimeError(f"the compiler for {target.name} tells neither memory nor program")
+    return Compiled(used.argument_size_in_bytes, used.temp_size_in_bytes, perf_counter() - began, text)
 
 
 def _batch(run: Run, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -60,4 +62,5 @@ def _batch(run: Run, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _knobs() -> Knobs:
     everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     kinds = {field.name: jnp.float32 for field in dataclasses.fields(Knobs)} | {"microbatches": jnp.int32}
-    return Knobs(**{name: jax.ShapeDtypeStruct((), kind, sharding=everywhere) for name, kind in kinds.items()})
+    shapes: dict[str, Any] = {n: jax.ShapeDtypeStruct((), kind, sharding=everywhere) for n, kind in kinds.items()}
+    return Knobs(**shapes)

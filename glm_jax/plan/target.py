@@ -13,6 +13,8 @@ from glm_jax.config import ConfigError, nearest
 from pallas_kernels import analysis
 from pallas_kernels.analysis import Chip
 
+GIB = 2.0**30
+
 # Bytes a second that one device receives over all its links, from their makers' pages (half of what is given for both ways).
 LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "tpu7x": 300e9, "h200": 450e9}
 DEVICES_PER_CHIP = {"tpu7x": 2}

@@ -8,8 +8,7 @@ from glm_jax import plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
-from glm_jax.plan.target import names
-from pallas_kernels.analysis.chips import GIB
+from glm_jax.plan.target import GIB, names
 
 POD = plan.target("v5p:8x8x8")
 GLM45 = recipes.get("glm45")
@@ -67,6 +66,13 @@ def test_loops_count_by_their_trips():
     assert gather.bytes == 8 * 16 * 2  # the other device's half
     assert (total.kind, total.devices, total.times) == ("all-reduce", (0, 2, 4, 6), 1)
     assert total.bytes == 2 * 4 * 16 * 4 * 3 / 4
+
+
+def test_a_loop_without_a_count_ends_at_what_it_compares_with():
+    text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert Program(text).collectives[0].times == 1  # known on the device alone
+    end = "  %end = s32[] constant(7)\n  ROOT %again = pred[] compare(%n, %end), direction=LT"
+    assert Program(text.replace("  ROOT %again = pred[] constant(true)", end)).collectives[0].times == 7
 
 
 def test_a_slice_of_a_stack_moves_no_more_than_itself():
