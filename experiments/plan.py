@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from experiments import cli
 from glm_jax.config import ConfigError, Mesh, Run, nearest, replace
 
 RESULTS = Path("experiments/results")
-AXES = ("data", "fsdp", "expert")
+AXES = [field.name for field in fields(Mesh)]
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def mesh_of(args: Args, run: Run) -> Mesh:
     for part in args.mesh.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
-            raise ConfigError(f"--mesh {args.mesh!r}: no axis {axis!r}; {nearest(axis, list(AXES))}")
+            raise ConfigError(f"--mesh {args.mesh!r}: no axis {axis!r}; {nearest(axis, AXES)}")
         if not size.isdigit() or int(size) < 1 or axis in sizes:
             raise ConfigError(f"--mesh {args.mesh!r}: {part.strip()!r} must be {axis}=N once, with N at least 1")
         sizes[axis] = int(size)
-    return Mesh(data=sizes.get("data", args.slices), fsdp=sizes.get("fsdp", -1), expert=sizes.get("expert", 1))
+    return Mesh(**{"data": args.slices, "fsdp": -1, "expert": 1} | sizes)
 
 
 def _machine(args: Args) -> Any:

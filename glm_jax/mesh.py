@@ -45,9 +45,9 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and cfg.data % slices == 0:
         inside = (cfg.data // slices, cfg.fsdp, cfg.expert)
-        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
-        placed = mesh_utils.create_device_mesh(sizes, devices)
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

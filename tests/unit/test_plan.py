@@ -1,5 +1,7 @@
 """The planner: names and sizes refused in a second, arithmetic from declarations, and programs read from their text."""
 
+import json
+
 import pytest
 
 from experiments import plan as script
@@ -164,6 +166,30 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, r
     with pytest.raises(ConfigError) as error:
         plan.check(GLM45, plan.target(machine), sizes, rows, length)
     assert told in str(error.value)
+
+
+def test_what_a_plan_has(monkeypatch, tmp_path):
+    from glm_jax.plan import program
+
+    compiled = program.Compiled(int(5.25 * GIB), int(12 * GIB), 200.0, PROGRAM)
+    monkeypatch.setattr(program, "compile_step", lambda *_: compiled)
+    found = plan.plan(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096), POD, lambda _: None)
+    assert set(found) >= {
+        "recipe", "topology", "devices", "mesh", "batch", "seq", "params", "args_gib", "temp_gib", "hbm_gib", "fits",
+        "compile_s", "flops", "flops_analytic", "collectives", "roofline_s", "mfu_bound",
+    }  # fmt: skip
+    assert (found["args_gib"], found["temp_gib"], found["fits"]) == (5.25, 12, True)
+    assert found["params"] == pytest.approx(356.8e9, rel=1e-3)
+    assert set(found["roofline_s"]) == {"compute", "memory", "network"}
+    gather = found["collectives"]["expert all-gather"]  # the program's groups of neighbours lie along the last axis
+    assert gather["bytes"] == 5 * 8 * 16 * 2
+    assert gather["minimum"] > 0
+    assert sum(row["bytes"] for row in found["collectives"].values()) / 600e9 == found["roofline_s"]["network"]
+
+    path = tmp_path / "plan_glm45.json"
+    path.write_text(json.dumps(found | {"peak_rss_gb": 4.0}))
+    assert "| glm45 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 12.00 of 95 |" in script.table([path])
+    assert "arguments 5.25 + temporaries 12.00 = 17.25 GiB of 95.0: fits" in script.told(json.loads(path.read_text()))
 
 
 def test_a_mesh_as_text():
