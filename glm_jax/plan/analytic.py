@@ -106,7 +106,9 @@ def traffic(now: Work) -> dict[str, float]:
     for axes, kind, received in _transfers(now):
         size = math.prod(now.axes[axis] for axis in axes)
         if size > 1:
-            found[f"{'+'.join(axis for axis in axes if now.axes[axis] > 1)} {kind}"] += received * (1 - 1 / size)
+            found[f"{'+'.join(axis for axis in mesh.AXES if axis in axes and now.axes[axis] > 1)} {kind}"] += (
+                received * (1 - 1 / size)
+            )
     return dict(found)
 
 

@@ -4,10 +4,11 @@ XLA's own cost analysis counts the body of a loop once. Here a computation count
 its known trip count, or by the number that its condition compares with; everything else as often as what calls it.
 """
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +32,8 @@ LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 LISTED = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
 IOTA = re.compile(r"\breplica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+ORDER = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+OVER_MESH = re.compile(r"\breplica_groups=mesh\[([^\]]*)\]" + ORDER + r" \{([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,14 @@ def _group(op: Op) -> tuple[int, ...]:
         dims = _integers(found.group(3))
         order = _integers(found.group(4)) if found.group(4) else tuple(range(len(dims)))
         return tuple(_iota(dims, order, i) for i in range(size))
+    if found := OVER_MESH.search(op.attributes):
+        axes = {name: int(size) for name, size in (axis.split("=") for axis in found.group(1).split(","))}
+        over = [name in found.group(4).split(",") for name in axes]
+        kept = itertools.product(*(range(size if one else 1) for size, one in zip(axes.values(), over, strict=True)))
+        places = [_flat(place, axes.values()) for place in kept]
+        if found.group(2):
+            places = [_iota(_integers(found.group(2)), _integers(found.group(3)), place) for place in places]
+        return tuple(places)
     if found := LISTED.search(op.attributes):
         return _integers(found.group(1))
     return (0,)
@@ -295,9 +306,14 @@ def _iota(dims: tuple[int, ...], order: tuple[int, ...], index: int) -> int:
     place = [0] * len(dims)
     for d in reversed(order):
         index, place[d] = divmod(index, dims[d])
+    return _flat(place, dims)
+
+
+def _flat(place: Iterable[int], dims: Iterable[int]) -> int:
+    """Where in a flattened array of these dimensions."""
     flat = 0
-    for d, size in enumerate(dims):
-        flat = flat * size + place[d]
+    for here, size in zip(place, dims, strict=True):
+        flat = flat * size + here
     return flat
 
 

@@ -70,6 +70,21 @@ def test_loops_count_by_their_trips():
     assert total.bytes == 2 * 4 * 16 * 4 * 3 / 4
 
 
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [
+        ("[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", (0, 2, 4, 6)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
+        ("{{3,1},{2,0}}", (3, 1)),
+    ],
+)
+def test_groups_of_devices_as_compilers_write_them(written, devices):
+    text = PROGRAM.replace("replica_groups={{0,2,4,6},{1,3,5,7}}", f"replica_groups={written}")
+    assert Program(text).collectives[1].devices == devices
+
+
 def test_a_loop_without_a_count_ends_at_what_it_compares_with():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
     assert Program(text).collectives[0].times == 1  # known on the device alone
