@@ -64,6 +64,7 @@ def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
 
 
 def told(sizes: Mapping[str, int]) -> str:
+    """Sizes as they are written in options and messages."""
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
@@ -164,7 +165,12 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec] = in_use) -> Any:
+def in_layer(spec: Spec) -> PartitionSpec | None:
+    """As `in_use`, but experts stay as they lie (None): they are gathered where their tokens are, in `parallel.expert`."""
+    return None if "E" in spec.batch else in_use(spec)
+
+
+def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec | None] = in_layer) -> Any:
     """The FSDP gather, in sight: weights from their layout at rest to the one in use, cast to `dtype` on the way.
 
     Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1).
@@ -172,7 +178,8 @@ def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], Partiti
 
     def use(spec: Spec, w: Array) -> Array:
         w = w if spec.kind in ("norm", "router") else w.astype(dtype)
-        return jax.sharding.reshard(w, layout(spec)) if active() else w
+        there = layout(spec) if active() else None
+        return w if there is None else jax.sharding.reshard(w, there)
 
     return jax.tree.map(use, specs, params)
 

@@ -33,15 +33,17 @@ def routed_experts(
     implementation: str | None = None,
 ) -> Array:
     """y_BTD = sum over a token's chosen experts of weight * down(silu(gate x) * up x)."""
-    local = partial(_local, implementation)
-    if mesh.active():
-        tokens, expert = mesh.activation("BTD"), P(mesh.EXPERT)
-        local = jax.shard_map(local, in_specs=(tokens,) * 3 + (expert,) * 3, out_specs=tokens)
-    return local(x_BTD, experts_BTA, weights_BTA, gate_EDM, up_EDM, down_EMD)
+    layer = gate_EDM, up_EDM, down_EMD
+    if not mesh.active():
+        return _local(implementation, (None,) * 3, x_BTD, experts_BTA, weights_BTA, *layer)
+    tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
+    local = jax.shard_map(partial(_local, implementation, layouts), in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
+    return local(x_BTD, experts_BTA, weights_BTA, *layer)
 
 
 def _local(
     implementation: str | None,
+    layouts: tuple[P | None, ...],
     x_BTD: Array,
     experts_BTA: Array,
     weights_BTA: Array,
@@ -51,7 +53,7 @@ def _local(
 ) -> Array:
     layer = gate_EDM, up_EDM, down_EMD
     if mesh.active():
-        layer = tuple(jax.lax.pcast(w, mesh.NOT_EXPERT, to="varying") for w in layer)
+        layer = tuple(_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
     tokens = tuple(z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
     chunks = _chunks(*experts_BTA.shape)
     run = partial(_chunk, implementation, layer)
@@ -62,6 +64,15 @@ def _local(
     return jax.lax.map(jax.checkpoint(run), split).reshape(x_BTD.shape)
 
 
+def _whole(w: Array, layout: P) -> Array:
+    """This device's experts with their fsdp shards gathered; the gradient is scattered as it is summed."""
+    split = [d for d, axes in enumerate(layout) if mesh.FSDP in mesh.axes_of((axes,))]
+    for d in split:
+        w = jax.lax.all_gather(w, mesh.FSDP, axis=d, tiled=True)
+    missing = [axis for axis in mesh.NOT_EXPERT if not (split and axis == mesh.FSDP)]
+    return jax.lax.pcast(w, tuple(missing), to="varying")
+
+
 def _chunks(rows: int, length: int, choices: int) -> int:
     """How many chunks a device's tokens go in: the fewest that divide them and route few enough rows each."""
     tokens = rows * length
@@ -70,10 +81,12 @@ def _chunks(rows: int, length: int, choices: int) -> int:
 
 
 def _chunk(implementation: str | None, layer: tuple[Array, ...], tokens: tuple[Array, ...]) -> Array:
+    gate_EDM, up_EDM, down_EMD = layer
+    mlp = partial(expert_mlp, implementation=implementation)
     if not mesh.active():
         x_XD, experts_XA, weights_XA = tokens
-        return expert_mlp(x_XD, *layer, experts_XA, weights_XA, implementation=implementation)
+        return mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
     x_XD, experts_XA, weights_XA = (jax.lax.all_gather(z, mesh.EXPERT, tiled=True) for z in tokens)
-    here_XA = experts_XA - jax.lax.axis_index(mesh.EXPERT) * layer[0].shape[0]  # others' fall outside 0..E-1
-    y_XD = expert_mlp(x_XD, *layer, here_XA, weights_XA, implementation=implementation)
+    here_XA = experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(gate_EDM)  # others' fall outside 0..E-1
+    y_XD = mlp(x_XD, gate_EDM, up_EDM, down_EMD, here_XA, weights_XA)
     return jax.lax.psum_scatter(y_XD, mesh.EXPERT, tiled=True)

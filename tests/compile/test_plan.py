@@ -16,9 +16,19 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.skipif(not analysis.can_compile("tpu"), reason="needs the libtpu wheel that jax pins")
 def test_a_small_step_on_four_chips(tmp_path):
-    command = (
-        ["experiments.plan", "--recipe", "glm45_4k", "--topology", "v5p:2x2x1", "--mesh", "fsdp=2,expert=2", "--batch", "4", "--seq", "256"]
-    )
+    command = [
+        "experiments.plan",
+        "--recipe",
+        "glm45_4k",
+        "--topology",
+        "v5p:2x2x1",
+        "--mesh",
+        "fsdp=2,expert=2",
+        "--batch",
+        "4",
+        "--seq",
+        "256",
+    ]
     model = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
     out = tmp_path / "plan.json"
     done = subprocess.run(
