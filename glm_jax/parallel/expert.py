@@ -35,7 +35,7 @@ def routed_experts(
     """y_BTD = sum over a token's chosen experts of weight * down(silu(gate x) * up x)."""
     layer = gate_EDM, up_EDM, down_EMD
     if not mesh.active():
-        return _local(implementation, (None,) * 3, x_BTD, experts_BTA, weights_BTA, *layer)
+        return _local(implementation, (), x_BTD, experts_BTA, weights_BTA, *layer)
     tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
     local = jax.shard_map(partial(_local, implementation, layouts), in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
     return local(x_BTD, experts_BTA, weights_BTA, *layer)
@@ -43,7 +43,7 @@ def routed_experts(
 
 def _local(
     implementation: str | None,
-    layouts: tuple[P | None, ...],
+    layouts: tuple[P, ...],
     x_BTD: Array,
     experts_BTA: Array,
     weights_BTA: Array,
