@@ -123,10 +123,10 @@ def _hint(work: Work, dims: tuple[int, ...]) -> str:
     row = (work.length, cfg.D)
     if dims[-2:] == row and len(dims) == 4 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return "residuals: what each layer keeps for its backward pass"
+    if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
+        return "the embedding or the output matrix, its gradient, or a chunk of logits"
     if len(dims) == 2 and dims[0] >= cfg.A * work.tokens and dims[1] in (cfg.D, cfg.M):
         return "routed rows of a chunk of tokens: room for the worst case, in which one device's experts get all"
-    if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
-        return "the output matrix, or a chunk of logits"
     if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return (
             "a stack of weights, gradients or momentum at its shard: more devices along fsdp or expert make it smaller"
