@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_jax import mesh
-from pallas_kernels.cross_entropy import linear_cross_entropy, linear_token_loss
+from pallas_kernels.cross_entropy import linear_softmax, negative_log_likelihood
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,7 @@ def next_token(
     The sum is differentiable; a target of weight 0 adds nothing. Divide by the weights' global sum for a mean.
     """
 
-    def loss(x_XD, head_DV, targets_X, weights_X):
-        return linear_cross_entropy(x_XD, head_DV, targets_X, weights_X, implementation=implementation)
-
-    return _over_shards(loss, hidden_BTD, head_DV, targets_BT, weights_BT)
+    return _over_shards(negative_log_likelihood, hidden_BTD, head_DV, implementation, targets_BT, weights_BT)
 
 
 def policy_gradient(
@@ -55,23 +52,24 @@ def policy_gradient(
         clipped_X = jnp.clip(ratio_X, 1 - low, 1 + high)
         return -weights_X * jnp.minimum(ratio_X * advantages_X, clipped_X * advantages_X)
 
-    def loss(x_XD, head_DV, targets_X, *of_token):
-        return linear_token_loss(token_loss, x_XD, head_DV, targets_X, *of_token, implementation=implementation)
-
-    return _over_shards(
-        loss, hidden_BTD / policy.temperature, head_DV, targets_BT, weights_BT, advantages_BT, old_log_prob_BT
-    )
+    of_token = targets_BT, weights_BT, advantages_BT, old_log_prob_BT
+    return _over_shards(token_loss, hidden_BTD / policy.temperature, head_DV, implementation, *of_token)
 
 
 def _over_shards(
-    loss: Callable[..., tuple[Array, Array]], hidden_BTD: Array, head_DV: Array, *of_token: Array
+    token_loss: Callable[..., Array], hidden_BTD: Array, head_DV: Array, implementation: str | None, *of_token: Array
 ) -> tuple[Array, Array]:
-    """`loss` of each device's tokens: its sum over all devices, and a value per token."""
+    """Its sum over all devices, and every target's log-probability. Where the head is split by vocabulary, the devices
+    that share it take their tokens together, each with its part of the vocabulary."""
 
     def local(hidden_BTD, head_DV, *of_token):
-        x_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        value, per_token_X = loss(x_XD, mesh.vary(head_DV), *(z.reshape(-1) for z in of_token))
-        return mesh.total(value), per_token_X.reshape(of_token[0].shape)
+        axis = mesh.EXPERT if mesh.axis_size(mesh.EXPERT) > 1 else None
+        x_XD = mesh.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        flat = (mesh.gathered(z.reshape(-1)) for z in of_token)
+        value, per_token_X, _ = linear_softmax(
+            token_loss, x_XD, mesh.vary(head_DV), *flat, vocabulary_axis=axis, implementation=implementation
+        )
+        return mesh.total(value), mesh.own(per_token_X).reshape(of_token[0].shape)
 
     run = mesh.per_shard(local, ("BTD", "DV", *["BT"] * len(of_token)), ("", "BT"))
     return run(hidden_BTD, head_DV, *(mesh.constrain(z, "BT") for z in of_token))

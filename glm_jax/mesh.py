@@ -5,13 +5,13 @@ and without any mesh (a notebook that calls a function on plain arrays) every fu
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from glm_jax import config
@@ -20,51 +20,105 @@ from glm_jax.spec import Spec, leaves
 
 AXES = ("data", "fsdp", "expert")
 BATCH = AXES  # rows of tokens are split over every axis
-EXPERT = "expert"
+FSDP, EXPERT = "fsdp", "expert"
+NOT_EXPERT = ("data", FSDP)
 
-AT_REST = {"D": "fsdp", "E": "expert"}  # letter -> axis of a weight, its gradient and its optimizer state
-IN_USE = {"E": "expert"}  # the same while a layer computes: the fsdp shards have been gathered
+Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
+# Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
+EXPERTS: Rules = {"E": EXPERT, "D": FSDP}
+EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
+HEAD: Rules = {"V": (EXPERT, FSDP)}
+HEAD_IN_USE: Rules = {"V": EXPERT}  # the loss works on a share of the vocabulary
+OTHERS: Rules = {"D": (FSDP, EXPERT)}
+OTHERS_IN_USE: Rules = {}
 ACTIVATIONS = {"B": BATCH, "X": BATCH}
 
 
 def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh of `devices` (all there are by default) with the sizes of `cfg`; one size may be -1, what is left."""
+    """A mesh of `devices` (all there are by default) with the sizes of `cfg`; one size may be -1, what is left.
+
+    Neighbours on the network become neighbours in the mesh; `data` goes over slices first, where there are several.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [cfg.data, cfg.fsdp, cfg.expert]
-    known = math.prod(n for n in sizes if n != -1)
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    cfg = fill(cfg, len(devices))
+    sizes = (cfg.data, cfg.fsdp, cfg.expert)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and cfg.data % slices == 0:
+        inside = (cfg.data // slices, cfg.fsdp, cfg.expert)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
+    """`cfg` with the -1 replaced by what is left of so many devices; ConfigError if it does not fit them."""
+    sizes = {"data": cfg.data, FSDP: cfg.fsdp, EXPERT: cfg.expert}
+    known = math.prod(n for n in sizes.values() if n != -1)
+    if devices % known or (-1 not in sizes.values() and known != devices):
         raise ConfigError(
-            f"mesh data={cfg.data}, fsdp={cfg.fsdp}, expert={cfg.expert} does not fit {len(devices)} devices; "
-            f"make the product {len(devices)}, or set one size to -1 with the others dividing {len(devices)}"
+            f"mesh {told(sizes)} does not fit {devices} devices; "
+            f"make the product {devices}, or set one size to -1 with the others dividing {devices}"
         )
-    sizes = [n if n != -1 else len(devices) // known for n in sizes]
-    return jax.sharding.Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return config.Mesh(**{axis: n if n != -1 else devices // known for axis, n in sizes.items()})
 
 
-def check(mesh: jax.sharding.Mesh, specs: Any, rows: int) -> None:
+def told(sizes: Mapping[str, int]) -> str:
+    """Sizes as they are written in options and messages."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` cannot be split over `mesh`."""
+    for only_experts in (True, False):  # the likelier mistake first
+        for name, spec in leaves(specs):
+            for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
+                if (letter == "E") == only_experts:
+                    _check_split(mesh, name, letter, size, axes)
     if rows % mesh.size:
         raise ConfigError(
             f"a microbatch of B={rows} rows cannot be split over {mesh.size} devices (data x fsdp x expert); "
             f"set microbatch_rows to a multiple of {mesh.size}"
         )
-    for name, spec in leaves(specs):
-        for letter, size, axis in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-            if axis and size % mesh.shape[axis]:
-                raise ConfigError(
-                    f"{name}: {letter}={size} cannot be split over {axis} axis of {mesh.shape[axis]}; "
-                    f"use a divisor of {size} for mesh.{axis}"
-                )
+
+
+def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple[str, ...] | None) -> None:
+    several = [axis for axis in _tuple(axes) if mesh.shape[axis] > 1]
+    parts = math.prod(mesh.shape[axis] for axis in several)
+    if size % parts:
+        over = f"{' x '.join(several)} {'axis' if len(several) == 1 else 'axes'}"
+        raise ConfigError(
+            f"{name}: {letter}={size} cannot be split over {over} of {parts}; "
+            f"use a divisor of {size} for mesh.{' times mesh.'.join(several)}"
+        )
 
 
 def at_rest(spec: Spec) -> PartitionSpec:
-    """Layout of a weight between steps."""
-    return _layout(spec, AT_REST)
+    """Layout of a weight between steps: every device of a slice has its own part."""
+    return _layout(spec, EXPERTS, HEAD, OTHERS)
 
 
 def in_use(spec: Spec) -> PartitionSpec:
     """Layout of a weight while its layer computes."""
-    return _layout(spec, IN_USE)
+    return _layout(spec, EXPERTS_IN_USE, HEAD_IN_USE, OTHERS_IN_USE)
+
+
+def everywhere(spec: Spec) -> PartitionSpec:
+    """Layout of a weight that every device has whole."""
+    del spec
+    return PartitionSpec()
+
+
+def axes_of(layout: Iterable[Any]) -> tuple[str, ...]:
+    """The axes that a layout splits an array over."""
+    return tuple(axis for axes in layout for axis in _tuple(axes))
+
+
+def abstract(cfg: config.Mesh) -> jax.sharding.AbstractMesh:
+    """The mesh without devices: enough to check and to trace."""
+    return jax.sharding.AbstractMesh(
+        (cfg.data, cfg.fsdp, cfg.expert), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
+    )
 
 
 def activation(dims: str) -> PartitionSpec:
@@ -119,7 +173,12 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def gather(params: Any, specs: Any, dtype: Any) -> Any:
+def in_layer(spec: Spec) -> PartitionSpec | None:
+    """As `in_use`, but experts stay as they lie (None): they are gathered where their tokens are, in `parallel.expert`."""
+    return None if "E" in spec.batch else in_use(spec)
+
+
+def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec | None] = in_layer) -> Any:
     """The FSDP gather, in sight: weights from their layout at rest to the one in use, cast to `dtype` on the way.
 
     Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1).
@@ -127,18 +186,22 @@ def gather(params: Any, specs: Any, dtype: Any) -> Any:
 
     def use(spec: Spec, w: Array) -> Array:
         w = w if spec.kind in ("norm", "router") else w.astype(dtype)
-        return jax.sharding.reshard(w, in_use(spec)) if active() else w
+        there = layout(spec) if active() else None
+        return w if there is None else jax.sharding.reshard(w, there)
 
     return jax.tree.map(use, specs, params)
 
 
-def whole(x: Array, spec: Spec) -> Array:
-    """A weight-shaped `x` with every matrix whole on its device: its batch letters take the axes that divide them."""
-    return jax.sharding.reshard(x, _whole(spec, x.shape)) if active() else x
+def whole(x: Array, batch: Sequence[int]) -> Array:
+    """`x` with no dimension split but those in `batch`."""
+    if not active():
+        return x
+    layout = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, PartitionSpec(*(layout[d] if d in batch else None for d in range(x.ndim))))
 
 
 def rest(x: Array, spec: Spec) -> Array:
-    """A weight-shaped `x` back in its layout between steps."""
+    """A weight-shaped `x` in its layout between steps."""
     return jax.sharding.reshard(x, at_rest(spec)) if active() else x
 
 
@@ -164,33 +227,44 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back. Kernels run inside."""
+    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
+    share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
-    return jax.shard_map(fn, in_specs=tuple(map(activation, ins)), out_specs=jax.tree.map(activation, outs))
+    layouts = tuple(PartitionSpec(None, EXPERT) if dims == "DV" else activation(dims) for dims in ins)
+    return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))
 
 
-def vary(w: Array) -> Array:
-    """Inside `per_shard`: a replicated input of a kernel, so that its gradient is summed over the devices."""
-    return jax.lax.pcast(w, BATCH, to="varying") if active() else w
+def vary(head_DV: Array) -> Array:
+    """Inside `per_shard`: the head, which differs along the expert axis alone, so that its gradient is summed over the
+    other devices."""
+    return jax.lax.pcast(head_DV, NOT_EXPERT, to="varying") if active() else head_DV
 
 
 def total(x: Array) -> Array:
-    """Inside `per_shard`: the sum over all devices."""
-    return jax.lax.psum(x, BATCH) if active() else x
+    """Inside `per_shard`: the sum over all devices of what is equal on those that share `gathered` rows."""
+    return jax.lax.psum(x, NOT_EXPERT if axis_size(EXPERT) > 1 else AXES) if active() else x
 
 
-def _layout(spec: Spec, rules: dict[str, str]) -> PartitionSpec:
-    return PartitionSpec(*(None if letter in spec.replicate else rules.get(letter) for letter in spec.dims))
+def gathered(x: Array) -> Array:
+    """Inside `per_shard`: the rows of all devices along the expert axis."""
+    return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
 
 
-def _whole(spec: Spec, shape: tuple[int, ...]) -> PartitionSpec:
-    free, sizes = list(AXES), dict(zip(spec.dims, shape, strict=True))
-    layout: dict[str, tuple[str, ...]] = dict.fromkeys(spec.dims, ())
-    for letter, axis in (("E", EXPERT), ("L", "fsdp"), ("E", "fsdp")):
-        if letter not in spec.batch or axis not in free:
-            continue
-        if sizes[letter] % math.prod(map(axis_size, (*layout[letter], axis))) == 0:
-            layout[letter] += (axis,)
-            free.remove(axis)
-    return PartitionSpec(*(layout[letter] or None for letter in spec.dims))
+def own(x: Array) -> Array:
+    """Inside `per_shard`: what `gathered` had from this device."""
+    size = axis_size(EXPERT)
+    if size == 1:
+        return x
+    rows = x.shape[0] // size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(EXPERT) * rows, rows)
+
+
+def _layout(spec: Spec, experts: Rules, head: Rules, others: Rules) -> PartitionSpec:
+    split = set(spec.dims) - set(spec.replicate)
+    rules = experts if "E" in split else head if spec.kind == "head" else others
+    return PartitionSpec(*(rules.get(letter) if letter in split else None for letter in spec.dims))
+
+
+def _tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()

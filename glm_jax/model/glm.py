@@ -155,11 +155,12 @@ def hidden(  # noqa: PLR0913 (as forward)
 
 def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
     """Logits, float32: the output matrix is shared by the main model and the MTP layer."""
-    return jnp.einsum("btd,dv->btv", hidden_BTD, output_matrix(cfg, params), preferred_element_type=jnp.float32)
+    head_DV = mesh.gather(params.head_DV, specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
 def output_matrix(cfg: Model, params: GLM) -> Array:
-    """head_DV as the computation uses it: gathered, in the model's dtype."""
+    """head_DV as a loss uses it: gathered but for the vocabulary's share of each expert shard, in the model's dtype."""
     return mesh.gather(params.head_DV, specs(cfg).head_DV, cfg.dtype)
 
 

@@ -7,11 +7,13 @@ update's RMS is update_rms times the RMS of s, 0.158 to 0.21 for Gaussian moment
 quintic that converges follow if asked for: two bring s to one within 0.06 %, and the RMS with it.
 
 The matrix of a `Spec` has all its ins as rows and all its outs as columns; batch letters, the
-layer stack among them, count independent matrices. Under a mesh a matrix is whole on its device while it is
-orthogonalised, and the momentum lies where its weight lies.
+layer stack among them, count independent matrices. Under a mesh each matrix is whole on one device while it is orthogonalised
+(`glm_jax.parallel.homes`); the head, too large for that, stays split along the vocabulary, and its X X^T are summed. The
+momentum lies where its weight lies.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +22,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from glm_jax import mesh
 from glm_jax.config import DType
+from glm_jax.parallel.homes import Stack, each_matrix, over_columns
 from glm_jax.spec import Spec
 from pallas_kernels import newton_schulz as kernels
 
@@ -71,36 +73,42 @@ def scale_by_muon(
         new = jax.tree.map(lambda g, m: momentum * m + g.astype(jnp.float32), updates, state.momentum)
         ahead = jax.tree.map(lambda g, m: g.astype(jnp.float32) + momentum * m, updates, new) if nesterov else new
 
-        def direction(spec: Spec, u: Any) -> Any:
-            if isinstance(u, optax.MaskedNode):
-                return u
-            return update_rms * orthogonal(spec, u, ns_steps, ns_dtype, split_heads, ns_polish)
-
-        return jax.tree.map(direction, specs, ahead), MuonState(new)
+        leaves, tree = jax.tree.flatten(specs)
+        found = tree.flatten_up_to(ahead)
+        mine = [i for i, u in enumerate(found) if not isinstance(u, optax.MaskedNode)]
+        options = ns_steps, ns_dtype, split_heads, ns_polish
+        for i, u in zip(mine, orthogonal([leaves[i] for i in mine], [found[i] for i in mine], *options), strict=True):
+            found[i] = update_rms * u
+        return jax.tree.unflatten(tree, found), MuonState(new)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonal(spec: Spec, u: Array, steps: int, dtype: DType, split_heads: bool, polish: int = 0) -> Array:
-    """sqrt(max(rows, cols)) * NS of each of the weight's matrices: entries of RMS about one, float32."""
-    batch, ins, outs = _axes(spec, split_heads)
-    order = batch + ins + outs
-    rows, cols = (math.prod(u.shape[i] for i in axes) for axes in (ins, outs))
+def orthogonal(
+    specs: list[Spec], us: list[Array], steps: int, dtype: DType, split_heads: bool, polish: int = 0
+) -> list[Array]:
+    """sqrt(max(rows, cols)) * NS of each of the weights' matrices: entries of RMS about one, float32."""
+    stacks = [_stack(spec, split_heads) for spec in specs]
+    xs = [_unit(u, stack.rows + stack.columns).astype(dtype) for stack, u in zip(stacks, us, strict=True)]
+    whole = [i for i, stack in enumerate(stacks) if stack.spec.kind != "head" or stack.split is None]
+    iterate = partial(_iterate, steps=steps, polish=polish)
+    ys = dict(zip(whole, each_matrix(iterate, [stacks[i] for i in whole], [xs[i] for i in whole]), strict=True))
+    for i in set(range(len(xs))) - set(whole):
+        ys[i] = over_columns(partial(_iterate_columns, quintics=_quintics(steps, polish)), stacks[i], xs[i])
 
-    x = mesh.whole(_unit(u, ins + outs).astype(dtype), spec)
-    x_BPQ = x.transpose(order).reshape(*(u.shape[i] for i in batch), rows, cols)
-    x_BPQ = _iterate(x_BPQ, steps, polish)
-    x = x_BPQ.reshape([u.shape[i] for i in order]).transpose([order.index(i) for i in range(u.ndim)])
-    return math.sqrt(max(rows, cols)) * mesh.rest(x, spec).astype(jnp.float32)
+    def scale(i: int) -> float:
+        sides = (math.prod(us[i].shape[d] for d in side) for side in (stacks[i].rows, stacks[i].columns))
+        return math.sqrt(max(sides))
+
+    return [scale(i) * ys[i].astype(jnp.float32) for i in range(len(xs))]
 
 
-def _axes(spec: Spec, split_heads: bool) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _stack(spec: Spec, split_heads: bool) -> Stack:
     """Positions of the batch, of the matrix's rows and of its columns in the weight's array."""
     heads = HEADS if split_heads else ""
-    places = {letter: i for i, letter in enumerate(spec.dims)}
     batch = spec.batch + "".join(letter for letter in spec.ins + spec.outs if letter in heads)
     ins, outs = ("".join(letter for letter in side if letter not in heads) for side in (spec.ins, spec.outs))
-    return tuple(tuple(places[letter] for letter in letters) for letters in (batch, ins, outs))  # type: ignore[return-value]
+    return Stack(spec, *(tuple(map(spec.dims.index, letters)) for letters in (batch, ins, outs)))
 
 
 def _unit(x: Array, axes: tuple[int, ...]) -> Array:
@@ -109,6 +117,24 @@ def _unit(x: Array, axes: tuple[int, ...]) -> Array:
     return x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True)) + 1e-7)
 
 
-def _iterate(x_BPQ: Array, steps: int, polish: int) -> Array:
+def _quintics(steps: int, polish: int) -> tuple[tuple[float, float, float], ...]:
     """`steps` of the published quintic, then `polish` of the convergent one."""
-    return kernels.newton_schulz(x_BPQ, (PUBLISHED,) * steps + (CONVERGENT,) * polish)
+    return (PUBLISHED,) * steps + (CONVERGENT,) * polish
+
+
+def _iterate(x_BPQ: Array, steps: int, polish: int) -> Array:
+    return kernels.newton_schulz(x_BPQ, _quintics(steps, polish))
+
+
+def _iterate_columns(
+    x_PQ: Array, total: Callable[[Array], Array], quintics: tuple[tuple[float, float, float], ...]
+) -> Array:
+    """The same of a matrix of which each device has some columns: A = X X^T is a sum over them, the rest is local."""
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST if x_PQ.dtype == jnp.float32 else None,
+                      preferred_element_type=jnp.float32)  # fmt: skip
+    for a, b, c in quintics:
+        gram_PP = total(product("pq,rq->pr", x_PQ, x_PQ))
+        low_PP = gram_PP.astype(x_PQ.dtype)
+        poly_PP = (b * gram_PP + c * product("pr,rs->ps", low_PP, low_PP)).astype(x_PQ.dtype)
+        x_PQ = (a * x_PQ.astype(jnp.float32) + product("pr,rq->pq", poly_PP, x_PQ)).astype(x_PQ.dtype)
+    return x_PQ

@@ -11,6 +11,7 @@ bfloat16 before b multiplies it (xla.py keeps it float32: the polynomial is roun
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from math import prod
 
 import jax
@@ -67,10 +68,14 @@ def _newton_schulz(quintics, config: Config, x_BPQ: Array) -> Array:
     *batch, P, Q = x_BPQ.shape
     rows, columns = _tile(P, config.rows), _tile(Q, config.columns)
     x = jnp.pad(x_BPQ.reshape(prod(batch), P, Q), ((0, 0), (0, -P % rows), (0, -Q % columns)))
-    for a, b, c in quintics:
+
+    def step(_, x, a: float, b: float, c: float):
         gram = _symmetric(x, None, 1.0, 0.0, rows, config.contract)
         poly = _symmetric(gram, gram, c, b, rows, config.contract)
-        x = _step(poly, x, a, rows, columns, config.contract)
+        return _step(poly, x, a, rows, columns, config.contract)
+
+    for (a, b, c), same in groupby(quintics):  # a loop: its kernels are compiled once
+        x = jax.lax.fori_loop(0, len(list(same)), partial(step, a=a, b=b, c=c), x)
     return x[:, :P, :Q].reshape(x_BPQ.shape)
 
 

@@ -62,7 +62,9 @@ def test_layouts_follow_the_letters():
     assert experts.dims == "LEDM"
     assert mesh.at_rest(experts) == P(None, "expert", "fsdp", None)
     assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
-    assert mesh.at_rest(router) == P(None, "fsdp", None)  # its E does not follow the experts'
+    assert mesh.at_rest(router) == P(None, ("fsdp", "expert"), None)  # its E does not follow the experts'
+    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp"))
+    assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
     assert mesh.activation("BTD") == P(mesh.BATCH, None, None)
 
 

@@ -1,0 +1,174 @@
+"""Plan a training step for machines that are not here: its memory, operations and traffic, from the chips' own compiler.
+
+    python -m experiments.plan --recipe glm45 --topology v5p:8x8x8 --mesh fsdp=64,expert=8 --batch 512 --seq 4096 --out plan.json
+    python -m experiments.plan --recipe air --topology h200:1x1x8 --mesh expert=8 --batch 64 --seq 4096
+    python -m experiments.plan --table
+
+The train step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
+pins, for H200 with its CUDA plug-in. What cannot be laid out, or cannot fit by arithmetic, is refused in seconds.
+All figures are of one device and one step: GiB of 2^30 bytes, bytes that a device receives, floating-point operations.
+`--table` prints the table of all plans in experiments/results.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import cli
+from glm_jax.config import ConfigError, Mesh, Run, nearest, replace
+
+RESULTS = Path("experiments/results")
+AXES = [field.name for field in fields(Mesh)]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of the plan."""
+
+    topology: str = "v5p:8x8x8"
+    """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
+    mesh: str = ""
+    """Devices along each axis, e.g. fsdp=64,expert=8; what is left goes to fsdp. By default the recipe's."""
+    batch: int = 512
+    """Rows of one step, over all devices."""
+    seq: int = 4096
+    """Tokens of a row."""
+    remat: Literal["none", "layer"] | None = None
+    """What the backward pass computes again; by default the recipe's."""
+    slices: int = 1
+    """So many of the topology, joined by a slower network; the data axis goes over them."""
+    step: Literal["train"] = "train"
+    """The program to plan."""
+    out: Path | None = None
+    """Write the plan here, as JSON."""
+    table: bool = False
+    """Plan nothing; print the table of the plans in experiments/results."""
+
+
+def main(args: Args, run: Run) -> dict[str, Any] | None:
+    """Check, compile, tell; returns what plan.json has."""
+    if args.table:
+        print(table(sorted(RESULTS.glob("plan_*.json"))))
+        return None
+    run = replace(run, **{"model.remat": args.remat}) if args.remat else run
+    sizes = mesh_of(args, run)
+    machine = _machine(args)
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    from glm_jax.plan import check, plan
+
+    work = check(run, machine, sizes, args.batch, args.seq)
+    with progress() as tell:
+        found = plan(work, machine, tell)
+    found["peak_rss_gb"] = cli.peak_rss_gb()
+    print(told(found))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {args.out}")
+    return found
+
+
+def mesh_of(args: Args, run: Run) -> Mesh:
+    """--mesh as sizes; ConfigError for what is no axis or no number."""
+    if not args.mesh:
+        return replace(run.mesh, data=max(run.mesh.data, args.slices))
+    sizes: dict[str, int] = {}
+    for part in args.mesh.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES:
+            raise ConfigError(f"--mesh {args.mesh!r}: no axis {axis!r}; {nearest(axis, AXES)}")
+        if not size.isdigit() or int(size) < 1 or axis in sizes:
+            raise ConfigError(f"--mesh {args.mesh!r}: {part.strip()!r} must be {axis}=N once, with N at least 1")
+        sizes[axis] = int(size)
+    return Mesh(**{"data": args.slices, "fsdp": -1, "expert": 1} | sizes)
+
+
+def _machine(args: Args) -> Any:
+    """The target, with the compilers' environment set before jax is imported."""
+    from glm_jax.plan.target import can_compile, target
+    from pallas_kernels import analysis
+
+    machine = target(args.topology, args.slices)
+    if not can_compile(machine):
+        raise ConfigError(
+            f"--topology {args.topology}: its compiler is not installed; pallas_kernels/analysis says which wheels"
+        )
+    os.environ |= analysis.QUIET | {"JAX_ENABLE_COMPILATION_CACHE": "0", "TPU_STDERR_LOG_LEVEL": "3"}
+    return machine
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A function to tell what is being done; seconds since are told every ten."""
+    began, doing, done = time.monotonic(), ["starting"], threading.Event()
+
+    def tell(what: str) -> None:
+        doing[0] = what
+        print(f"{time.monotonic() - began:6.0f} s  {what}", flush=True)
+
+    def tick() -> None:
+        while not done.wait(10):
+            print(f"{time.monotonic() - began:6.0f} s  {doing[0]} ...", flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        done.set()
+        thread.join()
+
+
+def told(plan: dict[str, Any]) -> str:
+    """The plan as text."""
+    total = plan["args_gib"] + plan["temp_gib"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    lines = [
+        f"{plan['recipe']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
+        f"{plan['devices']} devices of {plan['topology']} ({mesh})",
+        f"memory      arguments {plan['args_gib']:.2f} + temporaries {plan['temp_gib']:.2f} = {total:.2f} GiB "
+        f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}",
+        f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
+        f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
+        "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),
+        f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, {plan['mfu_bound_without_overlap']:.3f} with nothing",
+        f"compiled    in {plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB of memory",
+        "traffic     GB received, and the least:",
+    ]
+    lines += [
+        f"  {key:<36} {row['bytes'] / 1e9:10.3f} {row['minimum'] / 1e9:10.3f}"
+        for key, row in plan["collectives"].items()
+    ]
+    lines.append("largest     arrays that the program makes:")
+    lines += [f"  {one['gib']:7.3f} GiB  {one['array']}  {one['hint'] or one['source']}" for one in plan["largest"]]
+    return "\n".join(lines)
+
+
+def table(paths: list[Path]) -> str:
+    """The plans as a table of Markdown."""
+    lines = [
+        "| recipe | devices | mesh | batch x seq | arguments + temporaries of GiB | operations over analytic | "
+        "MFU bound | compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in paths:
+        plan = json.loads(path.read_text())
+        mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+        cells = (
+            plan["recipe"], f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
+            f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} of {plan['hbm_gib']:.0f}{'' if plan['fits'] else ' (no)'}",
+            f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",
+            f"{plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,160 @@
+"""What a training step needs on machines that are not here: by arithmetic in a second, by their compiler in minutes.
+
+    machine = target("v5p:8x8x8")
+    step = check(run, machine, Mesh(fsdp=64, expert=8), rows=512, length=4096)      # ConfigError for what cannot be
+    figures = plan(step, machine, tell=print)
+
+Bytes and operations are of one device and one step. The roofline bounds: no step takes less than the largest of its times
+for compute, memory and network, and none that overlaps nothing less than their sum.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from glm_jax import mesh, model
+from glm_jax.config import ConfigError, Run, replace
+from glm_jax.config import Mesh as Sizes
+from glm_jax.plan import analytic
+from glm_jax.plan.analytic import Work
+from glm_jax.plan.hlo import Collective, Program
+from glm_jax.plan.target import GIB, Target, names, target
+from glm_jax.spec import count
+
+__all__ = ["GIB", "Program", "Target", "Work", "check", "plan", "target"]
+
+LARGEST = 8  # arrays that are told
+GROUPED = ("gmm", "tgmm")  # kernels whose cost estimate counts every row of the buffer, where 1/expert of them is real
+
+
+def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int) -> Work:
+    """The step, if it can be laid out and its unavoidable memory fits. ConfigError with the rule and the way out."""
+    sizes = mesh.fill(sizes, machine.count)
+    if sizes.data % machine.slices:
+        raise ConfigError(
+            f"mesh data={sizes.data} must be a multiple of slices={machine.slices}: data goes over slices"
+        )
+    if length > run.model.max_positions:
+        raise ConfigError(f"seq={length} exceeds max_positions={run.model.max_positions}; use at most that")
+    work = analytic.work(run, sizes, rows, length)
+    mesh.check(mesh.abstract(sizes), model.specs(run.model), rows)
+    needed = analytic.memory(work)
+    if sum(needed.values()) > machine.chip.memory:
+        raise ConfigError(_does_not_fit(work, machine, needed))
+    return work
+
+
+def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
+    """Compile the step and read what it needs. Keys: see `experiments.plan`."""
+    from glm_jax.plan.program import compile_step
+
+    sizes = Sizes(*work.axes.values())
+    compiled = compile_step(work.run, machine, sizes, work.rows, work.length, tell)
+    tell("reading what was compiled")
+    program = Program(compiled.text)
+    operations = analytic.operations(work)
+    flops = sum(n / (work.axes[mesh.EXPERT] if _grouped(name) else 1) for name, n in program.flops.items())
+    collectives = _collectives(work, program.collectives)
+    seconds = {
+        "compute": flops / machine.chip.flops,
+        "memory": program.bytes_moved / machine.chip.bandwidth,
+        "network": sum(row["bytes"] for row in collectives.values()) / machine.link_bandwidth,
+    }
+    useful = operations["model"] / machine.chip.flops
+    used = compiled.argument_bytes + compiled.temporary_bytes
+    return {
+        "recipe": work.run.name,
+        "topology": machine.name,
+        "slices": machine.slices,
+        "devices": machine.count,
+        "mesh": work.axes,
+        "batch": work.rows,
+        "seq": work.length,
+        "remat": work.run.model.remat,
+        "params": count(model.specs(work.run.model)),
+        "args_gib": compiled.argument_bytes / GIB,
+        "temp_gib": compiled.temporary_bytes / GIB,
+        "hbm_gib": machine.chip.memory / GIB,
+        "fits": used <= machine.chip.memory,
+        "compile_s": compiled.seconds,
+        "flops": flops,
+        "flops_analytic": sum(operations.values()),
+        "flops_by": program.flops,
+        "flops_analytic_by": operations,
+        "collectives": collectives,
+        "roofline_s": seconds,
+        "mfu_bound": useful / max(seconds.values()),
+        "mfu_bound_without_overlap": useful / sum(seconds.values()),
+        "memory_analytic_gib": {term: size / GIB for term, size in analytic.memory(work).items()},
+        "largest": [
+            {"gib": shape.bytes / GIB, "array": str(shape), "by": by, "source": source, "hint": _hint(work, shape.dims)}
+            for by, shape, source in program.largest(LARGEST)
+        ],
+    }
+
+
+def _grouped(kernel: str) -> bool:
+    return any(name in kernel for name in GROUPED)
+
+
+def _collectives(work: Work, found: list[Collective]) -> dict[str, dict[str, float]]:
+    """Bytes of each "axis kind" that a device receives in a step, beside the least."""
+    names, sizes = list(work.axes), list(work.axes.values())
+    received: dict[str, float] = defaultdict(float)
+    for one in found:
+        places = [_place(device, sizes) for device in one.devices]
+        axes = [name for d, name in enumerate(names) if len({place[d] for place in places}) > 1]
+        received[f"{'+'.join(axes)} {one.kind}".strip()] += one.bytes * one.times
+    least = analytic.traffic(work)
+    return {key: {"bytes": received[key], "minimum": least.get(key, 0.0)} for key in sorted({*received, *least})}
+
+
+def _place(device: int, sizes: list[int]) -> tuple[int, ...]:
+    place = []
+    for size in reversed(sizes):
+        device, one = divmod(device, size)
+        place.append(one)
+    return tuple(reversed(place))
+
+
+def _hint(work: Work, dims: tuple[int, ...]) -> str:
+    """What an array of these dimensions is, and what makes it smaller."""
+    cfg = work.run.model
+    row = (work.length, cfg.D)
+    if dims[-2:] == row and len(dims) == 4 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
+        return "residuals: what each layer keeps for its backward pass"
+    if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
+        return "the embedding or the output matrix, its gradient, or a chunk of logits"
+    if len(dims) == 2 and dims[0] >= cfg.A * work.tokens and dims[1] in (cfg.D, cfg.M):
+        return "routed rows of a chunk of tokens: room for the worst case, in which one device's experts get all"
+    if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
+        return (
+            "a stack of weights, gradients or momentum at its shard: more devices along fsdp or expert make it smaller"
+        )
+    return ""
+
+
+def _does_not_fit(work: Work, machine: Target, needed: dict[str, float]) -> str:
+    chip = machine.chip.memory
+    terms = ", ".join(f"{term} {size / GIB:.1f} GiB" for term, size in needed.items())
+    largest = max(needed, key=lambda term: needed[term])
+    return (
+        f"plan cannot fit: {terms} a device, and {machine.kind} has {chip / GIB:.1f}; what overflows is {largest}. "
+        f"{_smallest(work, machine)}"
+    )
+
+
+def _smallest(work: Work, machine: Target) -> str:
+    """The smallest topology of the same chip on which the same batch would fit, by arithmetic."""
+    for name in names(machine.kind):
+        other = target(name)
+        fsdp = other.count // work.axes[mesh.EXPERT]
+        if other.count <= machine.count or work.rows % other.count or work.run.model.D % max(1, fsdp):
+            continue
+        sizes = Sizes(1, fsdp, work.axes[mesh.EXPERT])
+        smaller = analytic.work(work.run, sizes, work.rows, work.length)
+        if sum(analytic.memory(smaller).values()) <= machine.chip.memory:
+            return f"The smallest that fits by arithmetic: {name} with {mesh.told(smaller.axes)}"
+    none = replace(work.run, **{"model.remat": "layer"})
+    fits = sum(analytic.memory(analytic.Work(none, work.axes, work.rows, work.length)).values()) <= machine.chip.memory
+    return "remat=layer makes it fit" if fits else "Use fewer rows, shorter ones, or a larger machine"

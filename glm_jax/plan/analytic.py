@@ -1,0 +1,178 @@
+"""What a training step needs at the least, by arithmetic from the declarations: memory, operations, traffic between devices.
+
+A second of it, where the compiler takes minutes; and what the compiler's figures are held against. Sizes are of one device.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from glm_jax import mesh, model
+from glm_jax.config import Mesh as Sizes
+from glm_jax.config import Optim, Run
+from glm_jax.model import counts
+from glm_jax.optim import owner
+from glm_jax.spec import Spec, leaves
+
+BF16, FLOAT32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training step: `rows` of `length` tokens over a mesh of these sizes."""
+
+    run: Run
+    axes: dict[str, int]
+    rows: int
+    length: int
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.axes.values())
+
+    @property
+    def tokens(self) -> float:
+        """Of one device."""
+        return self.rows * self.length / self.devices
+
+    @property
+    def layers(self) -> int:
+        """Whose input is kept for the backward pass, the MTP layer's among them."""
+        return self.run.model.L + self.run.model.mtp_layers
+
+    def shards(self, layout: Any) -> int:
+        """Parts that a layout makes of an array."""
+        return math.prod(self.axes[axis] for axis in mesh.axes_of(layout))
+
+
+def work(run: Run, sizes: Sizes, rows: int, length: int) -> Work:
+    return Work(run, dict(zip(mesh.AXES, (sizes.data, sizes.fsdp, sizes.expert), strict=True)), rows, length)
+
+
+def memory(now: Work) -> dict[str, float]:
+    """Bytes of what must be there at the end of the forward pass and after, by term. What a layer needs while it
+    computes is left out: only the compiler knows."""
+    state = gradients = 0.0
+    for _, spec in leaves(model.specs(now.run.model)):
+        shard = FLOAT32 * spec.count / now.shards(mesh.at_rest(spec))
+        moments = 1 if owner(now.run.optim, spec) == "muon" else 2
+        state, gradients = state + shard * (1 + moments), gradients + shard
+    residual = now.tokens * now.run.model.D * _itemsize(now)
+    # without rematerialisation, what each product keeps: its input, and of attention and experts what they make
+    kept = 1 if now.run.model.remat == "layer" else 4 + 2 * _widths(now) / now.run.model.D
+    return {
+        "state (parameters, momentum)": state,
+        "gradients": gradients,
+        "residuals": residual * now.layers * kept,
+    }
+
+
+def operations(now: Work) -> dict[str, float]:
+    """Matrix products and attention: forward and backward (6ND + attention), what is computed again, the optimizer."""
+    cfg, tokens = now.run.model, now.tokens
+    mtp = cfg.mtp_layers > 0
+    useful = tokens * counts.flops_per_token(cfg, now.length, training=True, mtp=mtp)
+    again = 0.0
+    if cfg.remat != "none":
+        head = 2 * cfg.D * cfg.V * (1 + mtp)
+        last = 2 * cfg.D * (cfg.dense_layers * cfg.F + (cfg.moe_layers + mtp) * cfg.M * (cfg.A + cfg.shared_experts))
+        forward = counts.flops_per_token(cfg, now.length, mtp=mtp)
+        again = tokens * (forward - head - last)  # nothing needs a layer's last products twice
+    scores = tokens * now.layers * 2 * cfg.N * cfg.H * (now.length + 1) / 2  # which no kernel keeps
+    return {"model": useful, "recomputed": again + scores, "optimizer": _newton_schulz(now)}
+
+
+def _newton_schulz(now: Work) -> float:
+    optim, total = now.run.optim, 0.0
+    for _, spec in leaves(model.specs(now.run.model)):
+        if owner(optim, spec) == "muon":
+            number, short, long = matrices(spec)
+            total += number * (optim.ns_steps + optim.ns_polish) * (4 * short**2 * long + 2 * short**3)
+    return total / now.devices
+
+
+def matrices(spec: Spec) -> tuple[int, int, int]:
+    """(how many, short side, long side) of a weight's matrices."""
+    sizes = dict(zip(spec.dims, spec.shape, strict=True))
+    number, rows, columns = (math.prod(sizes[z] for z in part) for part in (spec.batch, spec.ins, spec.outs))
+    return number, min(rows, columns), max(rows, columns)
+
+
+def traffic(now: Work) -> dict[str, float]:
+    """Bytes that each device must receive in a step, by "axis kind", if nothing travels that need not."""
+    found: dict[str, float] = defaultdict(float)
+    for axes, kind, received in _transfers(now):
+        size = math.prod(now.axes[axis] for axis in axes)
+        if size > 1:
+            found[f"{'+'.join(axis for axis in mesh.AXES if axis in axes and now.axes[axis] > 1)} {kind}"] += (
+                received * (1 - 1 / size)
+            )
+    return dict(found)
+
+
+Transfer = tuple[tuple[str, ...], str, float]  # axes, kind, bytes of the whole array that is gathered or summed
+
+
+def _transfers(now: Work) -> Iterator[Transfer]:
+    cfg = now.run.model
+    specs: Any = model.specs(cfg)
+    wide = _itemsize(now)
+    for name, spec in leaves(specs):
+        at_rest, in_use = (mesh.axes_of(layout(spec)) for layout in (mesh.at_rest, mesh.in_use))
+        gathered = tuple(axis for axis in at_rest if axis not in in_use)
+        in_a_layer = name.split(".")[0] in ("dense", "moe", "mtp")
+        passes = 2 if in_a_layer and cfg.remat != "none" else 1
+        width = FLOAT32 if spec.kind in ("router", "norm") else wide
+        size = width * spec.count / now.shards(in_use)
+        if gathered:
+            yield gathered, "all-gather", passes * size
+            yield gathered, "reduce-scatter", size
+        left = tuple(axis for axis in mesh.AXES if axis not in at_rest)  # axes on which it is held more than once
+        yield left, "all-reduce", 2 * width * spec.count / now.shards(at_rest)
+    yield from _tokens_to_experts(now)
+    yield from _tokens_to_head(now)
+    yield from _matrices_to_homes(now.run.optim, specs, now)
+
+
+def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
+    """Of every MoE layer: tokens, choices and weights gathered (and once more for the backward pass), sums scattered; the
+    gradients of the sums gathered, those of tokens and weights scattered."""
+    cfg = now.run.model
+    everybodys = now.tokens * now.axes[mesh.EXPERT] * (cfg.moe_layers + cfg.mtp_layers)
+    x, choices, weights = (everybodys * size for size in (cfg.D * _itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
+    passes = 2 if cfg.remat != "none" else 1
+    yield (mesh.EXPERT,), "all-gather", passes * (x + choices + weights) + x
+    yield (mesh.EXPERT,), "reduce-scatter", 2 * x + weights
+
+
+def _tokens_to_head(now: Work) -> Iterator[Transfer]:
+    """The head stays split by vocabulary over the expert axis: its tokens are gathered there, and their gradients summed."""
+    cfg = now.run.model
+    x = now.tokens * now.axes[mesh.EXPERT] * cfg.D * _itemsize(now) * (1 + cfg.mtp_layers)
+    yield (mesh.EXPERT,), "all-gather", x
+    yield (mesh.EXPERT,), "reduce-scatter", x
+
+
+def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer]:
+    """Muon: every matrix to its home and back; of the head, X X^T summed over the shards at every step."""
+    for _, spec in leaves(specs):
+        if owner(optim, spec) != "muon":
+            continue
+        axes, itemsize = mesh.axes_of(mesh.at_rest(spec)), BF16 if optim.ns_dtype == "bfloat16" else FLOAT32
+        split = tuple(axis for axis in axes if not ("E" in spec.batch and axis == mesh.EXPERT))
+        if spec.kind == "head":
+            yield split, "all-reduce", 2 * (optim.ns_steps + optim.ns_polish) * FLOAT32 * spec.shape[0] ** 2
+        else:
+            yield split, "all-to-all", 2 * itemsize * spec.count / now.shards(axes)
+
+
+def _itemsize(now: Work) -> int:
+    return FLOAT32 if now.run.model.dtype == "float32" else BF16
+
+
+def _widths(now: Work) -> int:
+    """Activations of a layer beside the residual stream: heads, and the hidden layers of a token's experts."""
+    cfg = now.run.model
+    return (cfg.N + 2 * cfg.K) * cfg.H + 3 * cfg.M * (cfg.A + cfg.shared_experts)

@@ -1,0 +1,113 @@
+"""Machines that a plan is made for, by name: "v5p:8x8x8" (chips along each side of a torus), "h200:1x1x8" (slices x hosts x
+GPUs). What chips can do is in `pallas_kernels.analysis`; how fast they exchange bytes stands here."""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from glm_jax.config import ConfigError, nearest
+from pallas_kernels import analysis
+from pallas_kernels.analysis import Chip
+
+GIB = 2.0**30
+
+# Bytes a second that one device receives over all its links, from their makers' pages (half of what is given for both ways).
+LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "tpu7x": 300e9, "h200": 450e9}
+DEVICES_PER_CHIP = {"tpu7x": 2}
+FLAT = {"v5e": 2, "v6e": 2}  # sides of the torus, where they are not 3
+TORUS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine: `slices` of one topology, joined by a slower network."""
+
+    name: str
+    slices: int = 1
+
+    @property
+    def kind(self) -> str:
+        return self.name.split(":")[0]
+
+    @property
+    def chip(self) -> Chip:
+        return analysis.chip(self.name)
+
+    @property
+    def link_bandwidth(self) -> float:
+        return LINKS[self.kind]
+
+    @property
+    def gpu(self) -> bool:
+        return self.kind == "h200"
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return tuple(int(side) for side in self.name.split(":")[1].split("x"))
+
+    @property
+    def count(self) -> int:
+        """Devices, of all slices."""
+        return self.slices * math.prod(self.sides) * DEVICES_PER_CHIP.get(self.kind, 1)
+
+    @cached_property
+    def devices(self) -> list[Any]:
+        """As jax describes them; the chip's compiler must be installed, the chip need not be here."""
+        from jax.experimental import topologies
+
+        try:
+            if self.gpu:
+                config = Path(analysis.__file__).with_name("h200.textproto").read_text()
+                return topologies.get_topology_desc(
+                    "", platform="cuda", target_config=config, topology=self.name.split(":")[1]
+                ).devices
+            more = {"num_slices": self.slices} if self.slices > 1 else {}
+            return topologies.get_topology_desc(platform="tpu", topology_name=self.name, **more).devices
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(f"topology {self.name!r}: {first}; {_offer(self.name)}") from None
+
+
+def target(name: str, slices: int = 1) -> Target:
+    """The machine of that name. ConfigError with the nearest for one that no maker builds."""
+    if slices < 1:
+        raise ConfigError(f"slices={slices} must be at least 1")
+    kind, _, sides = name.partition(":")
+    if kind not in LINKS:
+        raise ConfigError(f"topology {name!r}: unknown chip {kind!r}; {_offer(name)}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides) or name not in names(kind):
+        raise ConfigError(f"topology {name!r} does not exist; {_offer(name)}")
+    if kind == "h200" and slices > 1:
+        raise ConfigError(f"slices={slices}: of GPUs the topology's first number counts slices, e.g. h200:{slices}x1x8")
+    return Target(name, slices)
+
+
+def can_compile(machine: Target) -> bool:
+    """Whether this machine has that chip's compiler."""
+    return analysis.can_compile("hopper" if machine.gpu else "tpu")
+
+
+def names(kind: str) -> list[str]:
+    """Topologies of a chip, the smallest first: sides in order, whole hosts of 2 x 2 chips, or of up to 8 GPUs."""
+    if kind == "h200":
+        hosts = ["1x1x1", "1x1x2", "1x1x4", *(f"1x{hosts}x8" for hosts in (1, 2, 4, 8, 16, 32, 64, 128))]
+        return [f"{kind}:{sides}" for sides in hosts] + [f"{kind}:{slices}x1x8" for slices in (2, 4, 8, 16)]
+    ways = FLAT.get(kind, 3)
+    sides = itertools.combinations_with_replacement(TORUS, ways)
+    most = {"v5e": 256, "v6e": 256, "v5p": 8960, "tpu7x": 9216}[kind]
+    fitting = [s for s in sides if math.prod(s) <= most and (s[0] > 1 if ways == 2 else s[1] > 1 and s[0] > 1)]
+    if ways == 3:
+        fitting.append((2, 2, 1))
+    return [f"{kind}:{'x'.join(map(str, s))}" for s in sorted(fitting, key=lambda s: (math.prod(s), s[-1]))]
+
+
+def _offer(name: str) -> str:
+    kind = name.partition(":")[0]
+    close = nearest(kind, list(LINKS)) if kind not in LINKS else nearest(name, names(kind))
+    return (
+        close.replace("known:", "known among others:") if len(close) < 400 else close[:400].rsplit(", ", 1)[0] + ", ..."
+    )

@@ -1,0 +1,47 @@
+"""The planner from the command line to plan.json, with the real train step and TPU's compiler. Skipped without libtpu."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels import analysis
+
+SMALL = {
+    "dense_layers": 1, "L": 2, "D": 256, "F": 256, "M": 128, "E": 4, "A": 2, "V": 1024, "N": 2, "K": 1, "mtp_layers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not analysis.can_compile("tpu"), reason="needs the libtpu wheel that jax pins")
+def test_a_small_step_on_four_chips(tmp_path):
+    command = [
+        "experiments.plan",
+        "--recipe",
+        "glm45_4k",
+        "--topology",
+        "v5p:2x2x1",
+        "--mesh",
+        "fsdp=2,expert=2",
+        "--batch",
+        "4",
+        "--seq",
+        "256",
+    ]
+    model = [word for name, value in SMALL.items() for word in (f"--model.{name}", str(value))]
+    out = tmp_path / "plan.json"
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *model, "--out", str(out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "compiling" in done.stdout
+    plan = json.loads(out.read_text())
+    assert plan["devices"] == 4
+    assert plan["fits"]
+    assert 0 < plan["peak_rss_gb"] < 6
+    assert plan["flops"] == pytest.approx(plan["flops_analytic"], rel=0.15)  # so few matrices leave homes idle
+    traffic = plan["collectives"]
+    for key in ("expert all-gather", "expert reduce-scatter", "fsdp all-to-all"):
+        assert traffic[key]["bytes"] == pytest.approx(traffic[key]["minimum"], rel=0.01), key
+    assert not [key for key in traffic if not key.startswith(("fsdp", "expert")) and traffic[key]["bytes"] > 1e4]

@@ -1,0 +1,218 @@
+"""The planner: names and sizes refused in a second, arithmetic from declarations, and programs read from their text."""
+
+import json
+
+import pytest
+
+from experiments import plan as script
+from experiments import recipes
+from glm_jax import plan
+from glm_jax.config import ConfigError, Mesh, replace
+from glm_jax.plan import analytic
+from glm_jax.plan.hlo import Program
+from glm_jax.plan.target import GIB, names
+
+POD = plan.target("v5p:8x8x8")
+GLM45 = recipes.get("glm45")
+
+PROGRAM = """HloModule jit_step, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%sliced (stack: bf16[5,8,16], n: s32[]) -> bf16[8,16] {
+  %stack = bf16[5,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,8,16]{2,1,0} dynamic-slice(%stack, %n, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = bf16[8,16]{1,0} bitcast(%one)
+}
+
+%body (state: (s32[], f32[4,16], bf16[5,8,16])) -> (s32[], f32[4,16], bf16[5,8,16]) {
+  %state = (s32[], f32[4,16]{1,0}, bf16[5,8,16]{2,1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %x = f32[4,16]{1,0} get-tuple-element(%state), index=1
+  %stack = bf16[5,8,16]{2,1,0} get-tuple-element(%state), index=2
+  %w = bf16[8,16]{1,0} fusion(%stack, %n), kind=kLoop, calls=%sliced
+  %whole = bf16[16,16]{1,0} all-gather(%w), channel_id=1, replica_groups=[4,2]<=[4,2], dimensions={0}, metadata={op_name="jit(step)/gather"}
+  %y = f32[4,16]{1,0} dot(%x, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %next = (s32[], f32[4,16]{1,0}, bf16[5,8,16]{2,1,0}) tuple(%n, %y, %stack)
+}
+
+%test (state: (s32[], f32[4,16], bf16[5,8,16])) -> pred[] {
+  %state = (s32[], f32[4,16]{1,0}, bf16[5,8,16]{2,1,0}) parameter(0)
+  ROOT %again = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[4,16], stack: bf16[5,8,16]) -> f32[4,16] {
+  %x = f32[4,16]{1,0} parameter(0)
+  %stack = bf16[5,8,16]{2,1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4,16]{1,0}, bf16[5,8,16]{2,1,0}) tuple(%zero, %x, %stack)
+  %loop = (s32[], f32[4,16], bf16[5,8,16]) while(%start), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %y = f32[4,16]{1,0} get-tuple-element(%loop), index=1
+  %product = f32[4,4]{1,0} convolution(%y, %x), dim_labels=bf_oi->bf
+  ROOT %all = f32[4,16]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+}
+"""
+
+
+def test_loops_count_by_their_trips():
+    program = Program(PROGRAM)
+    assert program.flops == {"xla": 5 * 2 * 4 * 16 * 16 + 2 * 4 * 16 * 4}
+    gather, total = program.collectives
+    assert (gather.kind, gather.devices, gather.times) == ("all-gather", (0, 1), 5)
+    assert gather.bytes == 8 * 16 * 2  # the other device's half
+    assert (total.kind, total.devices, total.times) == ("all-reduce", (0, 2, 4, 6), 1)
+    assert total.bytes == 2 * 4 * 16 * 4 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("written", "devices"),
+    [
+        ("[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", (0, 2, 4, 6)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
+        ("{{3,1},{2,0}}", (3, 1)),
+    ],
+)
+def test_groups_of_devices_as_compilers_write_them(written, devices):
+    text = PROGRAM.replace("replica_groups={{0,2,4,6},{1,3,5,7}}", f"replica_groups={written}")
+    assert Program(text).collectives[1].devices == devices
+
+
+def test_a_loop_without_a_count_ends_at_what_it_compares_with():
+    text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    assert Program(text).collectives[0].times == 1  # known on the device alone
+    end = "  %end = s32[] constant(7)\n  ROOT %again = pred[] compare(%n, %end), direction=LT"
+    assert Program(text.replace("  ROOT %again = pred[] constant(true)", end)).collectives[0].times == 7
+
+
+def test_a_slice_of_a_stack_moves_no_more_than_itself():
+    w, whole, x = 8 * 16 * 2, 16 * 16 * 2, 4 * 16 * 4
+    in_a_trip = (w + 4 + w) + (w + whole) + (x + whole + x)  # the fusion reads its slice and the counter
+    assert Program(PROGRAM).bytes_moved == 5 * in_a_trip + (x + x + 4 * 4 * 4) + (x + x)
+
+
+def test_batched_products_are_convolutions_with_holes():
+    labels = "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf"
+    batched = PROGRAM.replace(
+        "f32[4,4]{1,0} convolution(%y, %x), dim_labels=bf_oi->bf", f"f32[3,4,4] convolution(%p, %q), {labels}"
+    )
+    batched = batched.replace(
+        "  %zero = s32[] constant(0)\n  %start",
+        "  %p = f32[3,4,16] parameter(2)\n  %q = f32[3,16,4] parameter(3)\n  %zero = s32[] constant(0)\n  %start",
+    )
+    # places o*2 + k for o, k in 0..2 that are multiples of 3 up to 6: (0,0) (1,1) (2,2)
+    assert Program(batched).flops["xla"] == 5 * 2 * 4 * 16 * 16 + 2 * 4 * 4 * 16 * 3
+
+
+def test_the_largest_arrays_are_named_by_their_source():
+    told = [(opcode, str(shape), source) for opcode, shape, source in Program(PROGRAM).largest(20)]
+    assert told[0] == ("while", "bf16[5,8,16]", "")
+    assert ("all-gather", "bf16[16,16]", "jit(step)/gather") in told
+
+
+def test_the_state_of_glm45_on_512_devices():
+    work = plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096)
+    state = analytic.memory(work)["state (parameters, momentum)"] / GIB
+    assert 5.19 < state < 5.4  # 356.8 B x 8 bytes / 512, and the second moments of the embedding
+    assert analytic.memory(work)["residuals"] / GIB == pytest.approx(93 * 4096 * 5120 * 2 / GIB)
+
+
+def test_operations_are_six_a_parameter_and_attention():
+    work = plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096)
+    active = 33e9 + 2 * 151_552 * 5120  # with the MTP layer, the head used twice
+    assert analytic.operations(work)["model"] == pytest.approx(6 * active * 4096, rel=0.15)
+    none = plan.check(replace(GLM45, **{"model.remat": "none"}), plan.target("v5p:8x8x16"), Mesh(expert=8), 1024, 512)
+    assert analytic.operations(none)["recomputed"] < 0.02 * analytic.operations(none)["model"]  # scores alone
+
+
+def test_experts_are_gathered_along_fsdp_alone():
+    found = analytic.traffic(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096))
+    experts = 90 * 160 * 3 * 5120 * 1536 * 2 / 8 * 63 / 64
+    assert found["fsdp reduce-scatter"] == pytest.approx(experts, rel=0.02)
+    assert found["fsdp all-gather"] == pytest.approx(2 * experts, rel=0.02)
+    assert not [key for key in found if key.startswith("data")]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("v5p:8x8x9", "did you mean 'v5p:8x8x8'"),
+        ("v5:8x8x8", "unknown chip 'v5'; did you mean 'v5p'"),
+        ("v6e:16x17", "did you mean 'v6e:16x1"),
+        ("h200:1x1x7", "did you mean 'h200:1x1x8'"),
+        ("v5p", "does not exist"),
+    ],
+)
+def test_a_topology_that_does_not_exist(name, told):
+    with pytest.raises(ConfigError) as error:
+        plan.target(name)
+    assert name in str(error.value)
+    assert told in str(error.value)
+
+
+def test_devices_of_a_topology():
+    counts = {"v5p:8x8x8": 512, "v6e:16x16": 256, "tpu7x:4x4x8": 256, "h200:1x1x8": 8, "h200:1x8x8": 64}
+    assert {name: plan.target(name).count for name in counts} == counts
+    assert plan.target("v5p:4x4x4", slices=2).count == 128
+    assert all(
+        plan.target(name).name == name for kind in ("v5e", "v5p", "v6e", "tpu7x", "h200") for name in names(kind)
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "sizes", "rows", "length", "told"),
+    [
+        ("v5p:8x8x8", Mesh(fsdp=63, expert=8), 512, 4096, "fsdp=63, expert=8 does not fit 512 devices"),
+        ("v5p:8x8x12", Mesh(fsdp=32, expert=24), 768, 4096, "E=160 cannot be split over expert axis of 24; use a divisor"),
+        ("v5p:8x8x12", Mesh(fsdp=96, expert=8), 768, 4096, "D=5120 cannot be split over fsdp x expert axes of 768"),
+        ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
+        ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
+        ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, rows, length, told):
+    with pytest.raises(ConfigError) as error:
+        plan.check(GLM45, plan.target(machine), sizes, rows, length)
+    assert told in str(error.value)
+
+
+def test_what_a_plan_has(monkeypatch, tmp_path):
+    from glm_jax.plan import program
+
+    compiled = program.Compiled(int(5.25 * GIB), int(12 * GIB), 200.0, PROGRAM)
+    monkeypatch.setattr(program, "compile_step", lambda *_: compiled)
+    found = plan.plan(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096), POD, lambda _: None)
+    assert set(found) >= {
+        "recipe", "topology", "devices", "mesh", "batch", "seq", "params", "args_gib", "temp_gib", "hbm_gib", "fits",
+        "compile_s", "flops", "flops_analytic", "collectives", "roofline_s", "mfu_bound",
+    }  # fmt: skip
+    assert (found["args_gib"], found["temp_gib"], found["fits"]) == (5.25, 12, True)
+    assert found["params"] == pytest.approx(356.8e9, rel=1e-3)
+    assert set(found["roofline_s"]) == {"compute", "memory", "network"}
+    gather = found["collectives"]["expert all-gather"]  # the program's groups of neighbours lie along the last axis
+    assert gather["bytes"] == 5 * 8 * 16 * 2
+    assert gather["minimum"] > 0
+    assert sum(row["bytes"] for row in found["collectives"].values()) / 600e9 == found["roofline_s"]["network"]
+
+    path = tmp_path / "plan_glm45.json"
+    path.write_text(json.dumps(found | {"peak_rss_gb": 4.0}))
+    assert "| glm45 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 12.00 of 95 |" in script.table([path])
+    assert "arguments 5.25 + temporaries 12.00 = 17.25 GiB of 95.0: fits" in script.told(json.loads(path.read_text()))
+
+
+def test_a_mesh_as_text():
+    assert script.mesh_of(script.Args(mesh="fsdp=64,expert=8"), GLM45) == Mesh(data=1, fsdp=64, expert=8)
+    assert script.mesh_of(script.Args(mesh="expert=8", slices=2), GLM45) == Mesh(data=2, fsdp=-1, expert=8)
+    assert script.mesh_of(script.Args(), GLM45) == GLM45.mesh
+    with pytest.raises(ConfigError, match=r"no axis 'exprt'; did you mean 'expert'"):
+        script.mesh_of(script.Args(mesh="exprt=8"), GLM45)
+    for wrong in ("fsdp=0", "fsdp=x", "fsdp=2,fsdp=4", "fsdp"):
+        with pytest.raises(ConfigError, match="must be fsdp=N once"):
+            script.mesh_of(script.Args(mesh=wrong), GLM45)
