@@ -51,6 +51,7 @@ setup(
             "jupytext>=1.16",
             "nbclient>=0.10",
             "ipykernel>=6.29",
+            "resiliparse>=2.0",
         ],
         "data": ["resiliparse>=2.0"],  # web pages among data.paths
         "oracle": ["torch>=2.13", "transformers>=5.23,<6"],  # what parity tests and bench_hf compare with
