@@ -48,11 +48,11 @@ def plan(run: Run, folder: Path, needs: tuple[str, ...] = ()) -> list[Job]:
     names = ("sft", "rl", "sft2", "rl2") if run.post.self_distillation else ("sft", "rl")
     made: list[Job] = []
     for one in experts:
-        parts = (*train(run, one, folder), *unify.answers_part(run, one, folder), *scores_of(run, one, folder, names))
+        parts = (*train(run, one, folder), *unify.answers_part(run, one, folder))
         made.append(Job(one.domain, parts, needs, whole=False))
-    for one in experts:
-        parts = ((f"{one.domain}/control/result.json", partial(control, run, one, folder / one.domain)),)
-        parts += tuple(scores_of(run, one, folder, ("control",)))
+    for one in experts:  # behind all experts: they are what the unified model waits for, and these fill the gaps
+        compared = (f"{one.domain}/control/result.json", partial(control, run, one, folder / one.domain))
+        parts = (*scores_of(run, one, folder, names), compared, *scores_of(run, one, folder, ("control",)))
         made.append(Job(f"{one.domain} control", parts, (one.domain,), whole=False))
     unified: list[Part] = [
         ("unified/sft/result.json", partial(unify.fine_tune, run, folder)),

@@ -69,15 +69,15 @@ def posttrain() -> Posttrain:
     chat = replace(grpo, steps=36, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=2, batch_rows=2)
     agent = replace(
-        grpo, steps=14, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
+        grpo, steps=12, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
         hard_pool=16,
     )  # fmt: skip
     agent_sft = replace(long_sft, dialogues=1000, held_out=64, epochs=4)
     chat_sft = replace(sft, dialogues=4500, epochs=2.5)
     return Posttrain(
         experts=(
-            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=3, direct_share=0.2),
-            Expert("agent", sft=agent_sft, sft_levels=(1, 2), grpo=agent, unify_share=0.75, direct_share=0.4),
+            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=2.6, direct_share=0.2),
+            Expert("agent", sft=agent_sft, sft_levels=(1, 2), grpo=agent, unify_share=0.7, direct_share=0.4),
             Expert("chat", sft=chat_sft, sft_levels=(1, 2), grpo=chat, unify_share=3),
         ),
         unify=Unify(
