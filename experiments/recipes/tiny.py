@@ -62,11 +62,11 @@ def posttrain() -> Posttrain:
         final_lr=4e-4, mtp_weight=0.0, optim=Optim(ns_dtype="float32"),
     )  # fmt: skip
     grpo = GRPO(
-        steps=30, levels=(1, 2), groups=8, oversample=4, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
+        steps=28, levels=(1, 2), groups=8, oversample=4, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,
         microbatch_rows=8, peak_lr=2e-4, warmup_steps=3, hard_share=0.1, hard_attempts=32, hard_pool=32,
         optim=Optim(name="adamw", adam_b2=0.98, weight_decay=0.0),
     )  # fmt: skip
-    chat = replace(grpo, steps=36, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
+    chat = replace(grpo, steps=38, max_new_tokens=72, max_tokens=144, peak_lr=4e-4)
     long_sft = replace(sft, seq_len=1024, microbatch_rows=2, batch_rows=2)
     agent = replace(
         grpo, steps=12, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
@@ -76,12 +76,12 @@ def posttrain() -> Posttrain:
     chat_sft = replace(sft, dialogues=4500, epochs=2.5)
     return Posttrain(
         experts=(
-            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=2.6, direct_share=0.2),
+            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=2.2, direct_share=0.2),
             Expert("agent", sft=agent_sft, sft_levels=(1, 2), grpo=agent, unify_share=0.7, direct_share=0.4),
-            Expert("chat", sft=chat_sft, sft_levels=(1, 2), grpo=chat, unify_share=3),
+            Expert("chat", sft=chat_sft, sft_levels=(1, 2), grpo=chat, unify_share=2.8),
         ),
         unify=Unify(
-            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.25),
+            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.2),
             grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
