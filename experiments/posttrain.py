@@ -52,8 +52,11 @@ def plan(run: Run, folder: Path, needs: tuple[str, ...] = ()) -> list[Job]:
         made.append(Job(one.domain, parts, needs, whole=False))
     for one in experts:  # behind all experts: they are what the unified model waits for, and these fill the gaps
         compared = (f"{one.domain}/control/result.json", partial(control, run, one, folder / one.domain))
-        parts = (*scores_of(run, one, folder, names), compared, *scores_of(run, one, folder, ("control",)))
-        made.append(Job(f"{one.domain} control", parts, (one.domain,), whole=False))
+        for job, parts in (
+            ("scores", scores_of(run, one, folder, names)),
+            ("control", (compared, *scores_of(run, one, folder, ("control",)))),
+        ):
+            made.append(Job(f"{one.domain} {job}", tuple(parts), (one.domain,), whole=False))
     unified: list[Part] = [
         ("unified/sft/result.json", partial(unify.fine_tune, run, folder)),
         ("unified/rl/result.json", partial(unify.reinforce, run, folder)),

@@ -32,7 +32,7 @@ def test_an_experts_jobs_need_the_base_and_unification_needs_the_experts(tmp_pat
     plan = {job.name: job for job in posttrain.plan(recipes.get("tiny"), tmp_path, needs=("base",))}
     experts = ("reasoning", "agent", "chat")
     assert all(plan[name].needs == ("base",) and not plan[name].whole for name in experts)
-    assert all(plan[f"{name} control"].needs == (name,) for name in experts)
+    assert all(plan[f"{name} {job}"].needs == (name,) for name in experts for job in ("scores", "control"))
     assert plan["unified"].needs == experts and plan["unified"].whole
     assert plan["unified rl scores"].needs == ("unified",)
 
