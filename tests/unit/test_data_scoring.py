@@ -11,8 +11,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from experiments import recipes
 from glm_jax.config import ConfigError, Data, Scoring
-from glm_jax.data import classifier, contrasts, features, judge, language, scoring
+from glm_jax.data import classifier, contrasts, features, judge, language, prepare, scoring
 from glm_jax.data.classifier import Classifier
 from glm_jax.data.document import DataError, Document
 
@@ -330,3 +331,22 @@ def test_documents_are_sorted_among_their_peers_and_other_languages_go(tmp_path)
     shuffled = [documents[i] for i in random.permutation(len(documents))]
     again = {d.id: d.bucket for d in scoring.sort(shuffled, folder, to, data, Counter())}
     assert again == {d.id: d.bucket for d in kept}
+
+
+@pytest.mark.slow
+def test_minis_scorers_tell_their_contrasts_apart_and_nothing_low_is_read(tmp_path):
+    run = recipes.get("mini")
+    manifest = prepare.read_manifest(prepare.prepare(run, tmp_path / "mini", lambda *_: None))
+    assert {*contrasts.NAMES, "code_python"} <= set(manifest["scorers"])
+    for name, facts in manifest["scorers"].items():
+        assert facts["auc"] >= 0.95, name
+        assert min(facts["held_out"]["good"], facts["held_out"]["bad"]) >= 10, name
+    assert {"general", "math", "code_page", "code_python"} <= set(manifest["quality"]["peers"])
+    for held in manifest["quality"]["peers"].values():
+        assert sum(held["bins"]) == sum(bucket["documents"] for bucket in held["buckets"].values())
+    assert manifest["buckets"]["code"][0]["documents"] > 0
+    for stage in manifest["stages"]:
+        assert all("0" not in epochs for epochs in stage["epochs_by_bucket"].values())
+        assert stage["epochs_by_bucket"]["code"]["4"] == pytest.approx(
+            3.2 * stage["epochs_by_bucket"]["code"]["2"], rel=0.02
+        )
