@@ -14,7 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "pallas_kernels*", "experiments*"]),
-    package_data={"": ["py.typed", "*.jinja", "*.html", "tuned/*.json", "*.textproto"]},
+    package_data={"": ["py.typed", "*.jinja", "*.html", "*.npz", "tuned/*.json", "*.textproto"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",

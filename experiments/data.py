@@ -2,7 +2,9 @@
 
     python -m experiments.data --recipe tiny --out data/tiny
     python -m experiments.data --recipe tiny --out data/mine --data.paths ~/notes ~/projects
-    python -m experiments.data --recipe mini --out data/mini      # with SemDedup, and rows in ArrayRecord shards
+    python -m experiments.data --recipe mini --out data/mini      # scorers are trained; SemDedup; rows in ArrayRecord shards
+    python -m experiments.data --recipe mini --out data/own \\
+        --data.scoring.contrasts ~/labelled --data.scoring.judge ~/scores.jsonl
 
 Sources: the standard library of this Python (its packages as repositories), the topics of pydoc, docstrings and readme
 pages of installed packages (those with LaTeX are the mathematics); nothing is downloaded. --data.paths adds folders of
@@ -11,6 +13,9 @@ counts as a repository.
 
 Steps, in this order:
   collect     read the sources; hold out --data.held_out of them by whole modules, packages and pages
+  scorers     with --data.scoring.by classifiers: train those of prose, code (by language), pages with code and mathematics
+              on labelled examples that the machine has, and on those of --data.scoring.contrasts; --data.scoring.judge has
+              an LLM's scores of mathematics, or is the address of one to ask
   clean       drop exact and near duplicates, with --data.semantic_kept templated pages too, and what repeats held-out
               text; score; sort into quality buckets (--data.removals lists what went, for what)
   tokenizer   learn --model.V byte pairs and special tokens from the training documents
@@ -25,7 +30,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -105,6 +110,8 @@ def summary(folder: Path) -> str:
             f"{stage['name']:<12} {stage['rows']:6,} {stage['seq_len']:7,} {stage['tokens']:9,} "
             f"{100 * stage['padding']:6.2f} % {stage['readings_with_fim']:4,}  {mixture}"
         )
+    if "scorers" in manifest:
+        lines += ["", *_quality(manifest)]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["drops"].items() if count)
     zlib = manifest["zlib_bits_per_byte"]["stdlib_modules"]
     lines += [
@@ -113,6 +120,23 @@ def summary(folder: Path) -> str:
         f"zlib -9 on held-out standard-library modules one by one: {zlib:.3f} bits per byte",
     ]
     return "\n".join(lines)
+
+
+def _quality(manifest: dict[str, Any]) -> list[str]:
+    """The scorers' figures, and how documents fell into bins and buckets."""
+    lines = ["scorer              AUC  held out good / bad  trained on"]
+    for name, facts in manifest["scorers"].items():
+        held_out = facts["held_out"]
+        lines.append(
+            f"{name:<16} {facts['auc']:6.4f}  {held_out['good']:13,} / {held_out['bad']:<5,} {facts['trained_on']:7,}"
+        )
+    lines += ["", "ranked together   documents in buckets from the lowest up"]
+    for name, facts in manifest["quality"]["peers"].items():
+        buckets = "  ".join(f"{number}: {held['documents']:,}" for number, held in facts["buckets"].items())
+        lines.append(f"{name:<17} {buckets}")
+    languages = sorted(manifest["quality"]["languages"].items(), key=lambda item: -item[1])
+    lines.append("languages         " + "  ".join(f"{name}: {count:,}" for name, count in languages))
+    return lines
 
 
 if __name__ == "__main__":

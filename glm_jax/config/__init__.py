@@ -7,7 +7,7 @@ Nothing here imports jax, so reading or printing a configuration costs nothing.
 
 from glm_jax.config.functions import ConfigError, canonical, diff, fingerprint, flatten, grid, nearest, replace
 from glm_jax.config.posttrain import GRPO, SFT, Evaluation, Expert, Posttrain, Unify
-from glm_jax.config.pretrain import Data, DType, Loop, Loss, Mesh, Model, Optim, Schedule, Stage
+from glm_jax.config.pretrain import Data, DType, Loop, Loss, Mesh, Model, Optim, Schedule, Scoring, Stage
 from glm_jax.config.run import Run, from_canonical
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Posttrain",
     "Run",
     "Schedule",
+    "Scoring",
     "Stage",
     "Unify",
     "canonical",

@@ -185,6 +185,32 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How documents are told apart by quality (report, section 2.2; spec section 5)."""
+
+    by: Literal["signals", "classifiers"] = "signals"  # what one can read off a text, or scorers trained for the corpus
+    contrasts: tuple[str, ...] = ()  # folders SCORER/good and SCORER/bad of labelled texts, added to the built-in ones
+    judge: str = (
+        ""  # an LLM's scores of mathematics: a JSONL file, or the http(s) address of an OpenAI-compatible endpoint
+    )
+    judge_model: str = ""
+    judge_sample: int = 1000  # documents that the endpoint is asked about
+    languages: tuple[str, ...] = ()  # of pages that are kept, as "en", "zh"; none named: all are
+
+    def __post_init__(self):
+        own = [name for name in ("contrasts", "judge", "languages") if getattr(self, name)]
+        require(
+            self.by == "classifiers" or not own,
+            f"scoring.by={self.by!r} reads no {', '.join(own)}; set scoring.by to classifiers",
+        )
+        require(
+            not self.judge.startswith(("http://", "https://")) or bool(self.judge_model),
+            f"scoring.judge={self.judge!r} is an endpoint; name its model with scoring.judge_model",
+        )
+        require(self.judge_sample >= 1, f"scoring.judge_sample={self.judge_sample} must be at least 1")
+
+
+@dataclass(frozen=True)
 class Data:
     """From documents to rows (report, section 2.2-2.3; spec sections 5-6)."""
 
@@ -204,6 +230,7 @@ class Data:
     )  # share of pages that SemDedup leaves; 1: not run
     removals: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # a line for each duplicate: of what, how alike
     shard_tokens: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # of an ArrayRecord shard; 0: rows in flat arrays
+    scoring: Scoring = field(default=Scoring(), metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
         names = [PurePath(path).name for path in self.paths]

@@ -7,7 +7,7 @@ from typing import Any
 
 from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, divides, nearest, require
 from glm_jax.config.posttrain import GRPO, SFT, Evaluation, Expert, Posttrain, Unify
-from glm_jax.config.pretrain import Data, Loop, Loss, Mesh, Model, Optim, Schedule, Stage
+from glm_jax.config.pretrain import Data, Loop, Loss, Mesh, Model, Optim, Schedule, Scoring, Stage
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run:
 _CLASSES = {
     cls.__name__: cls
     for cls in (
-        Model, Optim, Schedule, Loss, Stage, Data, Mesh, Loop, Run, SFT, GRPO, Expert, Unify, Evaluation, Posttrain,
+        Model, Optim, Schedule, Loss, Stage, Data, Scoring, Mesh, Loop, Run, SFT, GRPO, Expert, Unify, Evaluation, Posttrain,
     )
 }  # fmt: skip
 

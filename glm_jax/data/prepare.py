@@ -4,6 +4,8 @@
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
+    OUT/scorers/                 with data.scoring.by classifiers: each scorer, and report.json with its held-out AUC;
+                                 OUT/documents/attributes.jsonl: language, scores, bin and bucket of each document
     OUT/heldout.jsonl            held-out documents, with the domain "long" besides the three
     OUT/tokenizer.json           and chat_template.jinja, which goes with it
     OUT/<stage>/                 the rows: row_starts.npy, stage.json and, flat, tokens.npy, offsets.npy, segments.npy;
@@ -27,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import dedup, heldout, quality, semantic, sources, stages
+from glm_jax.data import dedup, heldout, quality, scoring, semantic, sources, stages
 from glm_jax.data.document import (
     DOMAINS,
     DataError,
@@ -42,7 +44,7 @@ from glm_jax.data.document import (
 )  # fmt: skip
 from glm_jax.text.tokenizer import Tokenizer, train
 
-_OWN_FOLDERS = ("collected", "documents", "done")
+_OWN_FOLDERS = ("collected", "documents", "done", "scorers")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
@@ -63,7 +65,11 @@ def _prepare(run: Run, out: Path, progress: Progress) -> Path:
         return out
     steps = _Steps(out, config, progress)
     steps.do("collect", [], lambda to: _collect(run, to, steps.tell("collect")))
-    steps.do("clean", ["collect"], lambda to: _clean(run, out, to, steps.tell("clean")))
+    before = ["collect"]
+    if run.data.scoring.by == "classifiers":
+        steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
+        before = ["collect", "scorers"]
+    steps.do("clean", before, lambda to: _clean(run, out, to, steps.tell("clean")))
     steps.do("tokenizer", ["clean"], lambda to: _tokenizer(run, out, to, steps.tell("tokenizer")))
     steps.do("tokens", ["clean", "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
     for stage in run.stages:
@@ -131,8 +137,8 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
     if found is not None and (out / "manifest.json").is_file():
         inputs = found["inputs"]  # finished: what its sources are today no longer matters
     else:
-        folders = {name: _listing(Path(name)) for name in run.data.paths}
-        inputs = {"folders": folders, "versions": sources.environment()}
+        folders = {name: _listing(Path(name)) for name in (*run.data.paths, *run.data.scoring.contrasts)}
+        inputs = {"folders": folders, "versions": sources.environment(), **scoring.inputs(run.data.scoring)}
     config = {"settings": settings(run), "inputs": inputs}
     if found is None:
         if any(item.suffix != ".tmp" for item in out.iterdir()):
@@ -185,6 +191,11 @@ def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
     write(to / "collected" / "drops.json", _pretty(drops))
 
 
+def _scorers(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
+    documents = [d for name in ("train", "heldout") for d in read_documents(out / "collected" / f"{name}.jsonl")]
+    scoring.train_all(documents, run.data.scoring, to / "scorers", out / "judged.jsonl", tell)
+
+
 def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
     training, held_out = (read_documents(out / "collected" / f"{name}.jsonl") for name in ("train", "heldout"))
     tell(1, 10)
@@ -195,8 +206,11 @@ def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> N
         training, alike = semantic.clean(training, run.data.semantic_kept)
         removed += alike
     drops.update(removal.reason for removal in removed)
-    training = quality.with_buckets(training, len(run.data.bucket_epochs))
     (to / "documents").mkdir()
+    if run.data.scoring.by == "classifiers":
+        training = scoring.sort(training, out / "scorers", to / "documents", run.data, drops)
+    else:
+        training = quality.with_buckets(training, len(run.data.bucket_epochs))
     for domain in DOMAINS:
         write_documents(to / "documents" / f"{domain}.jsonl", [d for d in training if d.domain == domain])
     write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))
@@ -301,6 +315,7 @@ def _manifest(run: Run, out: Path, config: dict[str, Any]) -> dict[str, Any]:
         "zlib_bits_per_byte": {"stdlib_modules": round(zlib_bits_per_byte(modules), 4)},
         "buckets": {name: _histogram(training, name, len(run.data.bucket_epochs)) for name in DOMAINS},
         "drops": dict(sorted(drops.items())),
+        **scoring.report(run.data.scoring, out),
         "stages": [json.loads((out / stage.name / "stage.json").read_text()) for stage in run.stages],
     }
 
