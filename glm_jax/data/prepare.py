@@ -152,7 +152,7 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         inputs = found["inputs"]  # finished: what its sources are today no longer matters
     else:
         folders = {name: _listing(Path(name)) for name in run.data.paths}
-        inputs = {"folders": folders, "versions": sources.environment()}
+        inputs: dict[str, Any] = {"folders": folders, "versions": sources.environment()}
         if run.data.corpus:
             inputs["corpus"] = corpus.fingerprint(run.data)
     config = {"settings": settings(run), "inputs": inputs}

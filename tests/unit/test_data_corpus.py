@@ -218,7 +218,9 @@ def test_a_source_archive_becomes_a_repository_and_one_under_another_licence_is_
     out = tmp_path / "out"
     summary = _make(data, out)
     good, wrong = summary["archives"]
-    assert good["licence_confirmed"] and good["sha256"] and not good["refused"]
+    assert good["licence_confirmed"] and not good["refused"]
+    archive = (out / "archives" / good["file"]).read_bytes()
+    assert (good["sha256"], good["bytes"]) == (hashlib.sha256(archive).hexdigest(), len(archive))
     assert "papers do not speak of the licence MIT" in wrong["refused"] and wrong["documents"] == 0
     assert list(summary["absent"]) == ["sdist absent==1.0"]
     found = {d.path: d for d in corpus.documents(out, Counter())}

@@ -52,9 +52,10 @@ def make(data: Data, out: Path, engine: Engine, tell: Tell) -> dict[str, str]:
         shards.append(Shard(f"{one.kind}-{one.name}.jsonl", (archive, record), key, one.bytes))
     settings = {"max_document_bytes": data.max_document_bytes}
     facts = engine.run(extract.work, shards, settings, out / "extracted", tell("extract"))
-    archives = [
-        {**vars(one), **told, "extracted": shard.name} for one, told, shard in zip(fetched, facts, shards, strict=True)
-    ]
+    archives = []
+    for one, told, shard in zip(fetched, facts, shards, strict=True):
+        extracted = {"file": shard.name, "sha256": told.pop("sha256"), "bytes": told.pop("bytes")}
+        archives.append({**vars(one), **told, "extracted": extracted})
     summary = {
         "archives": archives,
         "absent": dict(sorted(absent.items())),
@@ -62,7 +63,7 @@ def make(data: Data, out: Path, engine: Engine, tell: Tell) -> dict[str, str]:
     }
     path = out / "extracted" / "corpus.json"
     write(path, json.dumps(summary, indent=1, sort_keys=True) + "\n")
-    return {f"extracted/{one['extracted']}": one["sha256"] for one in archives}
+    return {f"extracted/{one['extracted']['file']}": one["extracted"]["sha256"] for one in archives}
 
 
 def documents(out: Path, drops: Counter[str]) -> Iterator[Document]:
@@ -70,7 +71,7 @@ def documents(out: Path, drops: Counter[str]) -> Iterator[Document]:
     summary = read_summary(out)
     for one in summary["archives"]:
         drops.update(one["drops"])
-        yield from iterate_documents(out / "extracted" / one["extracted"])
+        yield from iterate_documents(out / "extracted" / one["extracted"]["file"])
 
 
 def read_summary(out: Path) -> dict[str, Any]:

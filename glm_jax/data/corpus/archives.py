@@ -178,7 +178,7 @@ def _of_tar(plain: Any, drops: Counter[str]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=plain, mode="r|", bufsize=1 << 20) as tar:
         for member in tar:
             count += 1
-            tar.members.clear()  # tarfile remembers every member; a stream has no use for them
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # tarfile remembers every member; a stream has no use for them
             if count > MOST_MEMBERS:
                 raise Refused("archive with too many members")
             name = safe(member.name)
