@@ -178,9 +178,6 @@ def _sdist(name: str, files: dict[str, str], licence: str = "License: MIT") -> b
     return gzip.compress(_tar({f"{name}-1.0/{path}": text for path, text in {"PKG-INFO": licence, **files}.items()}))
 
 
-SETUP = "open('/tmp/this-must-never-run', 'w')\n" + MODULE
-
-
 def _use(monkeypatch, index: str) -> None:
     """Have pip say that this is its index, without the seconds that asking it takes."""
     monkeypatch.setattr(clients, "_pip_settings", lambda: {"index-url": index})
@@ -189,8 +186,9 @@ def _use(monkeypatch, index: str) -> None:
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\n{MODULE}"
     good = _sdist(
-        "good", {"good/a.py": MODULE, "good/b.py": MODULE + "# more\n", "README.rst": PROSE, "setup.py": SETUP}
+        "good", {"good/a.py": MODULE, "good/b.py": MODULE + "# more\n", "README.rst": PROSE, "setup.py": setup}
     )
     wrong = _sdist("wrong", {"wrong/a.py": MODULE}, licence="License: Proprietary")
     root = tmp_path / "index"
@@ -225,12 +223,12 @@ def test_a_source_archive_becomes_a_repository_and_one_under_another_licence_is_
     assert list(summary["absent"]) == ["sdist absent==1.0"]
     found = {d.path: d for d in corpus.documents(out, Counter())}
     assert {path: (d.domain, d.repo, d.group) for path, d in found.items()} == {
-        "good/good/a.py": ("code", "good", "repository:good"),
-        "good/good/b.py": ("code", "good", "repository:good"),
-        "good/setup.py": ("code", "good", "repository:good"),
-        "good/README.rst": ("general", None, "repository:good"),
+        "good/good/a.py": ("code", "good", "sdist:good"),
+        "good/good/b.py": ("code", "good", "sdist:good"),
+        "good/setup.py": ("code", "good", "sdist:good"),
+        "good/README.rst": ("general", None, "sdist:good"),
     }
-    assert not Path("/tmp/this-must-never-run").exists()
+    assert not (tmp_path / "ran").exists()
     assert not list((out / "archives").glob("*.part"))
 
 

@@ -99,7 +99,7 @@ def _repository(members: Iterator[tuple[str, bytes]], name: str, part: str, drop
             continue
         if domain == "general" and sources.LATEX.search(text):
             domain = "math"
-        fields = {"domain": domain, "source": f"sdist:{name}", "path": f"{name}/{inner}", "group": f"repository:{name}"}
+        fields = {"domain": domain, "source": f"sdist:{name}", "path": f"{name}/{inner}", "group": f"sdist:{name}"}
         yield text, {**fields, "repo": name if domain == "code" else None}
 
 
