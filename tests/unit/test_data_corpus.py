@@ -6,6 +6,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_jax.config import Data
-from glm_jax.data import corpus
+from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
+from glm_jax.data import corpus, prepare, report, sources
 from glm_jax.data.corpus import archives, clients, fetch, listing
 from glm_jax.data.document import DataError
 from glm_jax.data.engine import Engine
@@ -230,6 +231,29 @@ def test_a_source_archive_becomes_a_repository_and_one_under_another_licence_is_
     }
     assert not (tmp_path / "ran").exists()
     assert not list((out / "archives").glob("*.part"))
+
+
+def test_a_corpus_becomes_rows_the_same_from_one_process_and_a_pool(tmp_path, monkeypatch):
+    library = Path(os.__file__).parent
+    packages = {}
+    for name in ("json", "html", "logging", "tomllib"):
+        files = {f"{name}/{path.name}": path.read_text() for path in (library / name).glob("*.py")}
+        packages[f"{name}-1.0.tar.gz"] = _sdist(name, files)
+    _use(monkeypatch, _index(tmp_path / "index", packages))
+    monkeypatch.setattr(sources, "builtin", lambda drops: iter(()))
+    data = _list(tmp_path, *(f"code sdist {file.split('-')[0]}==1.0 MIT" for file in packages))
+    shapes = Model(V=512, D=8, L=1, dense_layers=1, N=2, K=1, H=4, F=8, M=8, E=2, A=1, max_positions=512)
+    stage = Stage("one", 10_000, 64, 1e4, 4, {"code": 1.0})
+    batches = Schedule(batch_tokens_start=1024, batch_tokens=1024)
+    run = Run("test", shapes, (stage,), (), schedule=batches, data=replace(data, held_out=0.3))
+    expected = prepare.prepare(run, tmp_path / "one", lambda *_: None, Engine("one"))
+    got = prepare.prepare(run, tmp_path / "other", lambda *_: None, Engine("pool", 2))
+    assert prepare.read_manifest(got)["stages"][0]["rows"] == -(-10_000 // 64)
+    for path in sorted(path for path in expected.rglob("*") if path.is_file()):
+        assert (got / path.relative_to(expected)).read_bytes() == path.read_bytes(), path
+    page = report.write_report(got).read_text()
+    assert all(f"{file.split('-')[0]}==1.0" in page for file in packages)
+    assert not re.search(r"<(?:link|script|img|iframe)\b|@import|url\(", page)  # nothing from outside
 
 
 def test_what_is_here_is_not_fetched_again_and_a_half_archive_is(index, tmp_path, monkeypatch):
