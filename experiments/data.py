@@ -10,7 +10,7 @@ text (.txt .md .rst .tex), web pages (.html, with pip install ".[data]"), code (
 crawls (.warc .warc.gz), lines of JSON (.jsonl .jsonl.gz), tables (.parquet, and .arrow as Hugging Face's datasets saves
 them), GH Archive's hours (.json.gz). A subfolder with code counts as a repository.
 
---recipe default fetches 300 MB besides: web pages, mathematics, repositories and commits from the package archives that
+--recipe default fetches 325 MB besides: web pages, mathematics, repositories and commits from the package archives that
 this machine's apt and pip are set up for (PIP_INDEX_URL and APT_CONFIG name others), each under a licence that lets it
 be used (OUT/extracted/corpus.json has them). --data.corpus FILE fetches by a list of your own, a line for each package:
 part kind name licence, as in glm_jax/data/corpus/default.txt; --data.licences MIT BSD takes only what is under these.

@@ -21,7 +21,7 @@ def mini() -> Run:
 
 
 def default() -> Run:
-    """60 M parameters on 250 MB of text that is fetched: web pages in English and Chinese, mathematics, repositories and
+    """60 M parameters on 300 MB of text that is fetched: web pages in English and Chinese, mathematics, repositories and
     commits, in the five stages of `glm45`, at its row lengths and proportions."""
     pretrain = (
         _stage("stage1", 60 * _M, 4096, 1e4, {"general": 0.7, "code": 0.2, "math": 0.1}),

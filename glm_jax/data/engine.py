@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def _by_pool(
     processes: int, work: Work, shards: Sequence[Shard], settings: dict[str, Any], out: Path
 ) -> Iterator[tuple[Shard, dict[str, Any]]]:
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads (jax has them) may hang
-    with futures.ProcessPoolExecutor(processes, spawn) as pool:
+    deaf = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to answer
+    with futures.ProcessPoolExecutor(processes, spawn, signal.signal, deaf) as pool:
         waiting = {pool.submit(make, work, shard, settings, out): shard for shard in shards}
         try:
             for ready in futures.as_completed(waiting):

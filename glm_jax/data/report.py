@@ -105,8 +105,8 @@ def _chosen_removals(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _heads(folder: Path) -> dict[str, tuple[str, str]]:
     """Id -> (path, beginning) of what the removals that are shown repeat; of held-out documents already filled."""
     wanted = {removal["cluster"] for chosen in _chosen_removals(folder).values() for removal in chosen}
-    nothing: tuple[str, str] = ("", "")
-    heads = dict.fromkeys(wanted, nothing)
+    heads: dict[str, tuple[str, str]] = {}
+    heads.update((name, ("", "")) for name in wanted)
     for document in iterate_documents(folder / "heldout.jsonl") if wanted else ():
         if document.id in wanted:
             heads[document.id] = (document.path, document.text[:_HEAD])

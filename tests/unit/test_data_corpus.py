@@ -4,6 +4,7 @@ import bz2
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import re
@@ -285,6 +286,15 @@ def test_without_clients_or_network_it_says_so_and_goes_on_with_what_there_is(in
     _use(monkeypatch, "http://127.0.0.1:9/simple")  # nobody listens
     with pytest.raises(DataError, match=r"no apt-get.*does not answer|does not answer.*no apt-get"):
         _make(data, tmp_path / "empty")
+
+
+def test_a_page_of_an_index_in_json_is_read_and_a_damaged_one_refused():
+    told = {"files": [{"url": "../a-1.tar.gz", "hashes": {"sha256": "0" * 64}, "size": 7}]}
+    assert clients._files_of_json(json.dumps(told).encode()) == [("../a-1.tar.gz", "0" * 64, 7)]
+    assert clients._files_of_html(b"<A class=x HREF='../a-1.tar.gz#sha256=00&amp;x'>") == [("../a-1.tar.gz", "00&x", 0)]
+    for damaged in (b"[]", b"{", b'{"files": [{}]}'):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            clients._files_of_json(damaged)
 
 
 def test_pip_is_asked_for_its_index(tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def _by_dpkg(path: Path) -> Iterator[IO[bytes]]:
         process.wait()
 
 
-def _data_of_deb(file: IO[bytes], path: Path) -> tuple[IO[bytes], str]:
+def _data_of_deb(file: IO[bytes], path: Path) -> tuple[Any, str]:
     """The packed tar of a .deb's files, and how it is packed. A .deb is an `ar` archive; its third member is the data."""
     if file.read(len(_AR)) != _AR:
         raise Refused("damaged archive (no ar archive)")

@@ -8,6 +8,7 @@ nothing of the system changes and nobody needs to be root. APT_CONFIG names othe
 import ast
 import hashlib
 import html
+import http.client
 import importlib.util
 import json
 import os
@@ -35,6 +36,7 @@ _URI = re.compile(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})$", re.MULTILINE
 _SDISTS = (".tar.gz", ".zip", ".tar.bz2", ".tar.xz")
 # The schemes that an index may have; urllib would open others too.
 _SCHEMES = ("https", "http", "file")
+_UNREACHABLE = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
 
 
 class Unavailable(Exception):
@@ -95,7 +97,7 @@ class Pip:
                 if digest.hexdigest() == archive.sha256:
                     return
                 reason = f"{archive.file}: its checksum is not the index's"
-            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            except _UNREACHABLE as error:
                 reason = f"{archive.file}: {getattr(error, 'reason', error)}"
             if left:
                 time.sleep(_TRIES - left)
@@ -113,22 +115,28 @@ class Pip:
                 body, kind, page = answer.read(1 << 26), answer.headers.get("Content-Type", ""), answer.url
         except urllib.error.HTTPError as error:
             raise Unavailable(f"{page}: {error.code} {error.reason}") from None
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        except _UNREACHABLE as error:
             raise ConnectionError(
                 f"pip's index {self.index} does not answer: {getattr(error, 'reason', error)}"
             ) from None
-        if _JSON in kind:
-            files = [
-                (f["url"], f.get("hashes", {}).get("sha256", ""), f.get("size") or 0) for f in json.loads(body)["files"]
-            ]
-        else:
-            links = [html.unescape(link).partition("#") for link in _LINK.findall(body.decode("utf-8", "replace"))]
-            files = [(link, fragment.removeprefix("sha256="), 0) for link, _, fragment in links]
+        try:
+            files = _files_of_json(body) if _JSON in kind else _files_of_html(body)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Unavailable(f"{page} is no page of a package index") from None
         joined = [(urllib.parse.urljoin(page, address), sha256, size) for address, sha256, size in files]
         return [entry for entry in joined if re.fullmatch("[0-9a-f]{64}", entry[1])]
 
     def _open(self, request: Any) -> Any:
         return urllib.request.urlopen(request, timeout=60, context=self._context)
+
+
+def _files_of_json(body: bytes) -> list[tuple[str, str, int]]:
+    return [(f["url"], f["hashes"].get("sha256", ""), int(f.get("size") or 0)) for f in json.loads(body)["files"]]
+
+
+def _files_of_html(body: bytes) -> list[tuple[str, str, int]]:
+    links = [html.unescape(link).partition("#") for link in _LINK.findall(body.decode("utf-8", "replace"))]
+    return [(link, fragment.removeprefix("sha256="), 0) for link, _, fragment in links]
 
 
 def _pip_settings() -> dict[str, str]:
