@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import data as script
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
 from glm_jax.data import corpus, prepare, report, sources
 from glm_jax.data.corpus import archives, clients, fetch, listing
@@ -385,3 +386,15 @@ def test_licences_may_be_narrowed():
     assert {package.licence for package in packages} == {"MIT", "BSD"} and len(others) > 20
     with pytest.raises(DataError, match="MITT"):
         listing.read(listing.DEFAULT, ("MITT",))
+
+
+def test_progress_away_from_a_terminal_tells_rate_and_time_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
+    progress = script.Progress()
+    progress("fetch", 20_000_000, 120_000_000)  # 20 MB were there before
+    for clock[0], done in ((1.0, 22_000_000), (25.0, 70_000_000), (26.0, 72_000_000), (50.0, 120_000_000)):
+        progress("fetch", done, 120_000_000)
+    progress.close()
+    told = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert told == ["fetch 58.3 % 2.0 MB/s, 25 s left", "fetch 50.0 s 2.0 MB/s"]
