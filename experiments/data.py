@@ -83,10 +83,10 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._rate(now), refresh=False)
             self._bar.update(max(0, round(1000 * done / max(total, 1)) - self._bar.n))
-        elif now - self._said >= QUIET_SECONDS and done < total:
+        elif now - self._said >= QUIET_SECONDS and self._first < done < total:
             self._said = now
-            left = (now - self._since) * (total - done) / max(done - self._first, 1)
-            print(f"{step:<18} {100 * done / total:5.1f} % {self._rate(now)}, {left:.0f} s left", file=sys.stderr)
+            left = (now - self._since) * (total - done) / (done - self._first)
+            print(f"{step:<18} {100 * done / total:5.1f} %{self._rate(now)}, {left:.0f} s left", file=sys.stderr)
 
     def close(self) -> None:
         now = time.monotonic()
