@@ -310,7 +310,7 @@ def test_pip_is_asked_for_its_index(tmp_path, monkeypatch):
     with pytest.raises(clients.Unavailable, match="no-index"):
         clients.Pip()
     config.write_text("")
-    assert clients.Pip().index.startswith("https://")  # its own default
+    assert "://" in clients.Pip().index  # its own default, or this machine's
 
 
 def _archive_of_packages(root: Path) -> None:
