@@ -14,7 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["glm_jax*", "pallas_kernels*", "experiments*"]),
-    package_data={"": ["py.typed", "*.jinja", "*.html", "*.npz", "tuned/*.json", "*.textproto"]},
+    package_data={"": ["py.typed", "*.jinja", "*.html", "*.npz", "tuned/*.json", "*.textproto", "corpus/*.txt"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12",
@@ -53,7 +53,8 @@ setup(
             "ipykernel>=6.29",
             "resiliparse>=2.0",
         ],
-        "data": ["resiliparse>=2.0"],  # web pages among data.paths
+        "data": ["resiliparse>=2.0", "pyarrow>=18"],  # web pages and Parquet among data.paths; pages of a corpus
+        "ray": ["ray>=2.40"],  # another engine for data's stages
         "oracle": ["torch>=2.13", "transformers>=5.23,<6"],  # what parity tests and bench_hf compare with
     },
 )

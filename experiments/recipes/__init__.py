@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from experiments.recipes.corpora import mini
+from experiments.recipes.corpora import default, mini
 from experiments.recipes.glm45 import air, air_4k, glm45, glm45_4k
 from experiments.recipes.tiny import smoke, tiny
 from glm_jax.config import ConfigError, Run, nearest
 
 RECIPES: dict[str, Callable[[], Run]] = {
-    recipe.__name__: recipe for recipe in (tiny, smoke, mini, air, glm45, air_4k, glm45_4k)
+    recipe.__name__: recipe for recipe in (tiny, smoke, mini, default, air, glm45, air_4k, glm45_4k)
 }
 
 

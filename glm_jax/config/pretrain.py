@@ -231,6 +231,12 @@ class Data:
     removals: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # a line for each duplicate: of what, how alike
     shard_tokens: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # of an ArrayRecord shard; 0: rows in flat arrays
     scoring: Scoring = field(default=Scoring(), metadata=SILENT_AT_DEFAULT)
+    corpus: str = field(
+        default="", metadata=SILENT_AT_DEFAULT
+    )  # fetched too: "default", or a file with a list of packages
+    licences: tuple[str, ...] = field(
+        default=(), metadata=SILENT_AT_DEFAULT
+    )  # allowed in a corpus; empty: all known ones
 
     def __post_init__(self):
         names = [PurePath(path).name for path in self.paths]

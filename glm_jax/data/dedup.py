@@ -53,10 +53,9 @@ class Words:
     def __call__(self, text: str) -> np.ndarray:
         seen = self._seen
         words = WORD.findall(text)
-        for word in words:
-            if word not in seen:
-                seen[word] = zlib.crc32(word.encode())
-        return np.fromiter((seen[word] for word in words), np.uint64, len(words))
+        for word in set(words).difference(seen):
+            seen[word] = zlib.crc32(word.encode())
+        return np.fromiter(map(seen.__getitem__, words), np.uint64, len(words))
 
 
 def grams(words: np.ndarray, n: int) -> np.ndarray:
@@ -149,13 +148,11 @@ def near(sets: list[np.ndarray], threshold: float, bands: int, rows: int) -> dic
 
 
 def overlapping(
-    train: list[np.ndarray], held_out: list[np.ndarray], share: float = 0.5
+    train: Iterable[np.ndarray], held_out: list[np.ndarray], share: float = 0.5
 ) -> dict[int, tuple[int, float]]:
     """Training document -> (held-out document, share of 13-grams) where at least `share` of either's are the other's."""
-    if not held_out:
-        return {}
-    owners = np.repeat(np.arange(len(held_out)), [len(found) for found in held_out])
-    flat = np.concatenate(held_out)
+    owners = np.repeat(np.arange(len(held_out)), np.array([len(found) for found in held_out], np.int64))
+    flat = np.concatenate([np.zeros(0, np.uint64), *held_out])
     order = np.argsort(flat, kind="stable")
     flat, owners = flat[order], owners[order]
     sizes = np.array([len(found) if len(found) >= _WHOLE else np.inf for found in held_out])
@@ -184,11 +181,17 @@ def clean(
     train, again = exact(document for document in train if document.id not in taken)
     removed += again
     everything = [*held_out, *train]
-    words = Words()
-    of_document = [words(document.text) for document in everything]
-    long_grams = [grams(found, _LONG_GRAM) for found in of_document]
-    leaks = overlapping(long_grams[len(held_out) :], long_grams[: len(held_out)])
-    sets = [grams(found, _GRAM) for found in of_document]
+    words, sets = Words(), []
+
+    def long_grams(documents: list[Document]) -> Iterator[np.ndarray]:
+        """The 5-grams go into `sets` on the way, so that neither all words nor all 13-grams are ever in memory."""
+        for document in documents:
+            found = words(document.text)
+            sets.append(grams(found, _GRAM))
+            yield grams(found, _LONG_GRAM)
+
+    of_held_out = list(long_grams(held_out))
+    leaks = overlapping(long_grams(train), of_held_out)
     first_of = near(sets, threshold, *minhash)
     kept = []
     for index, document in enumerate(train):

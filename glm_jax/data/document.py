@@ -51,6 +51,11 @@ class Document:
         return self.source == "stdlib"
 
     @property
+    def is_patch(self) -> bool:
+        """A change with its message: not a text to fill a middle into."""
+        return self.source.startswith("patches:")
+
+    @property
     def size(self) -> int:
         """Bytes of UTF-8."""
         return len(self.text.encode())
@@ -82,22 +87,27 @@ def staged(path: Path) -> Iterator[Path]:
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """One JSON object a line, in the given order, with `stdlib_module` spelt out for readers without this class."""
-    lines = [
-        json.dumps({**vars(document), "stdlib_module": document.stdlib_module}, ensure_ascii=False) + "\n"
-        for document in documents
-    ]
-    write(path, "".join(lines))
+    write_lines(path, ({**vars(document), "stdlib_module": document.stdlib_module} for document in documents))
+
+
+def write_lines(path: Path, objects: Iterable[Any]) -> None:
+    """One JSON object a line, whole or not at all; never more than one of them in memory."""
+    with staged(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
 
 
 def read_documents(path: Path) -> list[Document]:
     """Documents of a file of `write_documents`."""
-    documents = []
+    return list(iterate_documents(path))
+
+
+def iterate_documents(path: Path) -> Iterator[Document]:
+    """The same, one at a time."""
     with path.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
             fields = json.loads(line)
             del fields["stdlib_module"]
-            documents.append(Document(**fields))
-    return documents
+            yield Document(**fields)
 
 
 @contextlib.contextmanager

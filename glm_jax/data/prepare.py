@@ -1,6 +1,7 @@
 """From sources to a data folder in a few steps, each of which appears whole or not at all.
 
     OUT/config.json              what decides the data: settings, and the state of the inputs
+    OUT/archives/, extracted/    with data.corpus: what was fetched, with its licences, and the documents of each archive
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import dedup, heldout, quality, scoring, semantic, sources, stages
+from glm_jax.data import corpus, dedup, heldout, quality, scoring, semantic, sources, stages
 from glm_jax.data.document import (
     DOMAINS,
     DataError,
@@ -41,30 +42,35 @@ from glm_jax.data.document import (
     unit,
     write,
     write_documents,
+    write_lines,
 )  # fmt: skip
+from glm_jax.data.engine import Engine
 from glm_jax.text.tokenizer import Tokenizer, train
 
-_OWN_FOLDERS = ("collected", "documents", "done", "scorers")
+_OWN_FOLDERS = ("archives", "collected", "documents", "done", "extracted", "scorers")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
-def prepare(run: Run, out: Path, progress: Progress) -> Path:
+def prepare(run: Run, out: Path, progress: Progress, engine: Engine = Engine()) -> Path:
     """Make the data folder of `run`, or go on with an unfinished one; returns `out`.
 
-    Reads run.data, run.model.V and the stages, nothing else. DataError where data, disk or an older folder forbid it.
+    Reads run.data, run.model.V and the stages, nothing else; whichever `engine` works, the bytes are the same. DataError
+    where data, disk or an older folder forbid it.
     """
     out = Path(out)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        return _prepare(run, out, progress)
+        return _prepare(run, out, progress, engine)
 
 
-def _prepare(run: Run, out: Path, progress: Progress) -> Path:
+def _prepare(run: Run, out: Path, progress: Progress, engine: Engine) -> Path:
     config = _settle(run, out)
     if (out / "manifest.json").is_file():
         return out
     steps = _Steps(out, config, progress)
-    steps.do("collect", [], lambda to: _collect(run, to, steps.tell("collect")))
+    if run.data.corpus:
+        steps.mark("corpus", lambda: corpus.make(run.data, out, engine, steps.tell))
+    steps.do("collect", ["corpus"] if run.data.corpus else [], lambda to: _collect(run, out, to, steps.tell("collect")))
     before = ["collect"]
     if run.data.scoring.by == "classifiers":
         steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
@@ -99,14 +105,17 @@ class _Steps:
     def tell(self, step: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(step, done, total)
 
+    def mark(self, step: str, make: Callable[[], dict[str, str]]) -> None:
+        """Set the mark of a step that sees to its own files, unless it has been done: `make` tells them, with hashes."""
+        if not self._done(step, inputs := self._inputs(step, [])):
+            write(self._out / "done" / f"{step}.json", _pretty({"inputs": inputs, "files": make()}))
+
     def do(self, step: str, after: list[str], make: Callable[[Path], None]) -> None:
         """`make` writes files into a temporary folder; they move into place, then the mark is set."""
         mark = self._out / "done" / f"{step}.json"
-        inputs = digest(json.dumps([step, self._config, [self._mark(name) for name in after]], sort_keys=True))
-        if mark.is_file():
-            found = json.loads(mark.read_text())
-            if found["inputs"] == inputs and all((self._out / name).is_file() for name in found["files"]):
-                return
+        inputs = self._inputs(step, after)
+        if self._done(step, inputs):
+            return
         self._progress(step, 0, 1)
         temporary = self._out / f".{step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -116,12 +125,23 @@ class _Steps:
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 name = path.relative_to(temporary).as_posix()
-                files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                with path.open("rb") as file:
+                    files[name] = hashlib.file_digest(file, "sha256").hexdigest()
                 (self._out / name).parent.mkdir(exist_ok=True)
                 os.replace(path, self._out / name)
         shutil.rmtree(temporary)
         write(mark, _pretty({"inputs": inputs, "files": files}))
         self._progress(step, 1, 1)
+
+    def _inputs(self, step: str, after: list[str]) -> str:
+        return digest(json.dumps([step, self._config, [self._mark(name) for name in after]], sort_keys=True))
+
+    def _done(self, step: str, inputs: str) -> bool:
+        mark = self._out / "done" / f"{step}.json"
+        if not mark.is_file():
+            return False
+        found = json.loads(mark.read_text())
+        return found["inputs"] == inputs and all((self._out / name).is_file() for name in found["files"])
 
     def _mark(self, step: str) -> dict[str, str]:
         return json.loads((self._out / "done" / f"{step}.json").read_text())["files"]
@@ -138,7 +158,11 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         inputs = found["inputs"]  # finished: what its sources are today no longer matters
     else:
         folders = {name: _listing(Path(name)) for name in (*run.data.paths, *run.data.scoring.contrasts)}
-        inputs = {"folders": folders, "versions": sources.environment(), **scoring.inputs(run.data.scoring)}
+        inputs: dict[str, Any] = {
+            "folders": folders, "versions": sources.environment(), **scoring.inputs(run.data.scoring)
+        }  # fmt: skip
+        if run.data.corpus:
+            inputs["corpus"] = corpus.fingerprint(run.data)
     config = {"settings": settings(run), "inputs": inputs}
     if found is None:
         if any(item.suffix != ".tmp" for item in out.iterdir()):
@@ -174,7 +198,7 @@ def _listing(root: Path) -> str:
     return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]))[:12]
 
 
-def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
+def _collect(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
     drops: Counter[str] = Counter()
     documents = []
     expected = 7_000 * (1 + len(run.data.paths))
@@ -182,6 +206,8 @@ def _collect(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
         documents.append(document)
         if len(documents) % 100 == 0:
             tell(min(len(documents), expected), expected)
+    if run.data.corpus:
+        documents += corpus.documents(out, drops)
     for name in run.data.paths:
         documents += sources.folder(Path(name), run.data.max_document_bytes, drops)
     training, held_out = heldout.split(documents, run.data.held_out)
@@ -216,8 +242,7 @@ def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> N
     write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))
     write(to / "documents" / "drops.json", _pretty(drops))
     if run.data.removals:
-        lines = (json.dumps(vars(removal), ensure_ascii=False) + "\n" for removal in removed)
-        write(to / "documents" / "removed.jsonl", "".join(lines))
+        write_lines(to / "documents" / "removed.jsonl", map(vars, removed))
 
 
 def _training_documents(run: Run, out: Path) -> list[Document]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_jax.data import web
+from glm_jax.data import readers, web
 from glm_jax.data.document import DataError, Document
 
 # Packages that this project installs, distribution and module alike. Of the first every long docstring is taken,
@@ -75,12 +75,17 @@ def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document
     """Documents of a user's folder: domain by extension; code below a subfolder belongs to that repository."""
     found = 0
     for path in list_folder(root):
+        if readers.reader_of(path):
+            for document in _of_many(path, root, max_bytes, drops):
+                found += 1
+                yield document
+            continue
         domain = EXTENSIONS.get(path.suffix.lower())
         if domain is None:
             drops["unknown extension"] += 1
             continue
         text = _read_page(path, drops) if path.suffix.lower() in PAGES else _read(path, drops)
-        if text is None or not _usable(text, domain == "code", drops):
+        if text is None or not usable(text, domain == "code", drops):
             continue
         if domain == "general" and LATEX.search(text):
             domain = "math"
@@ -93,8 +98,26 @@ def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document
             source, group = f"folder:{root.name}", f"folder:{repo or name}"
             yield Document.of(piece, domain=domain, source=source, path=label, group=group, repo=repo)
     if not found:
-        known = " ".join(sorted(EXTENSIONS))
+        known = " ".join(sorted((*EXTENSIONS, *readers.EXTENSIONS)))
         raise DataError(f"{root}: no usable text; it needs files in UTF-8 with one of the extensions {known}")
+
+
+def _of_many(path: Path, root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document]:
+    """Documents of a file that holds many texts. Code of a repository keeps its path there."""
+    relative = path.relative_to(root).as_posix()
+    for number, entry in enumerate(readers.read(path, drops)):
+        text = entry.text.replace("\r\n", "\n").replace("\r", "\n")
+        domain = entry.domain or ("math" if LATEX.search(text) else "general")
+        if not usable(text, domain == "code", drops):
+            continue
+        name = f"{root.name}/{relative}/{entry.name or number}"
+        repo = f"{root.name}/{entry.repo}" if entry.repo and domain == "code" else None
+        if repo and entry.name:
+            name = f"{repo}/{entry.name}"
+        for part, piece in enumerate(cut(text, max_bytes)):
+            label = name if part == 0 else f"{name}#{part}"
+            source, group = f"folder:{root.name}", f"folder:{repo or name}"
+            yield Document.of(piece, domain=domain, source=source, path=label, group=group, repo=repo)
 
 
 def list_folder(root: Path) -> list[Path]:
@@ -145,6 +168,11 @@ def _read(path: Path, drops: Counter[str]) -> str | None:
     except OSError:
         drops["unreadable file"] += 1
         return None
+    return decoded(data, drops)
+
+
+def decoded(data: bytes, drops: Counter[str]) -> str | None:
+    """A file's text with line ends of one kind; None, and the reason in `drops`, if it is none in UTF-8."""
     if b"\0" in data:
         drops["binary file"] += 1
         return None
@@ -171,7 +199,7 @@ def _read_page(path: Path, drops: Counter[str]) -> str | None:
     return None
 
 
-def _usable(text: str, code: bool, drops: Counter[str]) -> bool:
+def usable(text: str, code: bool, drops: Counter[str]) -> bool:
     """Rules of StarCoder's kind: too little text, generated code, long lines, tables of numbers."""
     if len(text.strip()) < _SHORTEST:
         drops["too short"] += 1
@@ -197,7 +225,7 @@ def _standard_library(root: Path, drops: Counter[str]) -> Iterator[Document]:
         if name.startswith("pydoc_data/") or not (is_module or (root / top / "__init__.py").exists()):
             continue
         text = _read(path, drops)
-        if text is None or not _usable(text, True, drops):
+        if text is None or not usable(text, True, drops):
             continue
         group = f"module:{top.removesuffix('.py')}" if is_module else f"package:{top}"
         yield Document.of(text, domain="code", source="stdlib", path=name, group=group, repo=None if is_module else top)
@@ -211,7 +239,7 @@ def _topics(path: Path, drops: Counter[str]) -> Iterator[Document]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Dict):
             for topic, text in ast.literal_eval(node).items():
-                if _usable(text, False, drops):
+                if usable(text, False, drops):
                     fields = {"source": "topics", "path": f"topics/{topic}", "group": f"topic:{topic}"}
                     yield Document.of(text, domain="general", **fields)
             return
@@ -223,7 +251,7 @@ def _readme(distribution: str, drops: Counter[str]) -> Iterator[Document]:
     except importlib.metadata.PackageNotFoundError:
         drops["readme not installed"] += 1
         return
-    if isinstance(text, str) and _usable(text, False, drops):
+    if isinstance(text, str) and usable(text, False, drops):
         domain = "math" if LATEX.search(text) else "general"
         fields = {"source": "readme", "path": f"readme/{distribution}", "group": f"readme:{distribution}"}
         yield Document.of(text, domain=domain, **fields)

@@ -180,7 +180,7 @@ def _fill_in_the_middle(
         document, length = documents[index], int(lengths[index])
         clipped = count < length
         chosen = unit("fim", seed, stage.name, document.id, number) < stage.fim_rate
-        if document.domain != "code" or clipped or not chosen:
+        if document.domain != "code" or document.is_patch or clipped or not chosen:
             continue
         found = [document.text]
         if length + 3 > stage.seq_len:
