@@ -34,7 +34,8 @@ class Args:
     topology: str = "v5p:8x8x8"
     """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
     mesh: str = ""
-    """Devices along each axis, e.g. fsdp=64,expert=8; what is left goes to fsdp. By default the recipe's."""
+    """Devices along each axis (data, fsdp, expert, context), e.g. fsdp=64,expert=8; what is left goes to fsdp. By default
+    the recipe's."""
     batch: int = 512
     """Rows of one step, over all devices."""
     seq: int = 4096

@@ -18,20 +18,21 @@ from glm_jax import config
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
 
-AXES = ("data", "fsdp", "expert")
-BATCH = AXES  # rows of tokens are split over every axis
-FSDP, EXPERT = "fsdp", "expert"
-NOT_EXPERT = ("data", FSDP)
+FSDP, CONTEXT, EXPERT = "fsdp", "context", "expert"
+AXES = ("data", FSDP, CONTEXT, EXPERT)
+BATCH = ("data", FSDP, EXPERT)  # rows of tokens are split over these, the tokens of a row over context
+NOT_EXPERT = ("data", FSDP, CONTEXT)
+SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
-EXPERTS: Rules = {"E": EXPERT, "D": FSDP}
+EXPERTS: Rules = {"E": EXPERT, "D": SHARDS}
 EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-HEAD: Rules = {"V": (EXPERT, FSDP)}
+HEAD: Rules = {"V": (EXPERT, *SHARDS)}
 HEAD_IN_USE: Rules = {"V": EXPERT}  # the loss works on a share of the vocabulary
-OTHERS: Rules = {"D": (FSDP, EXPERT)}
+OTHERS: Rules = {"D": (*SHARDS, EXPERT)}
 OTHERS_IN_USE: Rules = {}
-ACTIVATIONS = {"B": BATCH, "X": BATCH}
+ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT}  # keys, S, are a whole row's
 
 
 def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -41,11 +42,11 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
     """
     devices = jax.devices() if devices is None else list(devices)
     cfg = fill(cfg, len(devices))
-    sizes = (cfg.data, cfg.fsdp, cfg.expert)
+    sizes = tuple(sizes_of(cfg).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and cfg.data % slices == 0:
-        inside = (cfg.data // slices, cfg.fsdp, cfg.expert)
-        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        inside, over = (cfg.data // slices, *sizes[1:]), (slices, *[1] * len(sizes[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -53,7 +54,7 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
 
 def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
     """`cfg` with the -1 replaced by what is left of so many devices; ConfigError if it does not fit them."""
-    sizes = {"data": cfg.data, FSDP: cfg.fsdp, EXPERT: cfg.expert}
+    sizes = sizes_of(cfg)
     known = math.prod(n for n in sizes.values() if n != -1)
     if devices % known or (-1 not in sizes.values() and known != devices):
         raise ConfigError(
@@ -63,22 +64,34 @@ def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
     return config.Mesh(**{axis: n if n != -1 else devices // known for axis, n in sizes.items()})
 
 
+def sizes_of(cfg: config.Mesh) -> dict[str, int]:
+    """Size of each axis, in the mesh's order."""
+    return {axis: getattr(cfg, axis) for axis in AXES}
+
+
 def told(sizes: Mapping[str, int]) -> str:
     """Sizes as they are written in options and messages."""
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int) -> None:
-    """Raise ConfigError where a weight or a microbatch of `rows` cannot be split over `mesh`."""
+def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
+    """Raise ConfigError where a weight or a microbatch of `rows` of `length` tokens cannot be split over `mesh`."""
     for only_experts in (True, False):  # the likelier mistake first
         for name, spec in leaves(specs):
             for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
                 if (letter == "E") == only_experts:
                     _check_split(mesh, name, letter, size, axes)
-    if rows % mesh.size:
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    if rows % parts:
         raise ConfigError(
-            f"a microbatch of B={rows} rows cannot be split over {mesh.size} devices (data x fsdp x expert); "
-            f"set microbatch_rows to a multiple of {mesh.size}"
+            f"a microbatch of B={rows} rows cannot be split over {parts} devices (data x fsdp x expert); "
+            f"set microbatch_rows to a multiple of {parts}"
+        )
+    chunks = 2 * mesh.shape[CONTEXT]  # an early and a late one to each device: see `parallel.context`
+    if mesh.shape[CONTEXT] > 1 and length % chunks:
+        raise ConfigError(
+            f"a row of T={length} tokens cannot be split over a context axis of {mesh.shape[CONTEXT]}, in {chunks} equal "
+            f"chunks; use a multiple of {chunks} tokens, or a divisor of {max(1, length // 2)} for mesh.context"
         )
 
 
@@ -116,9 +129,7 @@ def axes_of(layout: Iterable[Any]) -> tuple[str, ...]:
 
 def abstract(cfg: config.Mesh) -> jax.sharding.AbstractMesh:
     """The mesh without devices: enough to check and to trace."""
-    return jax.sharding.AbstractMesh(
-        (cfg.data, cfg.fsdp, cfg.expert), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    return jax.sharding.AbstractMesh(tuple(sizes_of(cfg).values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def activation(dims: str) -> PartitionSpec:
@@ -132,20 +143,29 @@ def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Layout of a stack of microbatches [C, B, T]: rows split over every axis."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+    """Layout of a stack of microbatches [C, B, T]: rows split, and the tokens of each."""
+    return NamedSharding(mesh, PartitionSpec(None, *activation("BT")))
 
 
 def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows."""
-    held = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,))
-    parts = [index[0].indices(rows) for index in held.values() if index]
-    begin, end = min(part[0] for part in parts), max(part[1] for part in parts)
-    return begin // (end - begin), rows // (end - begin)
+    """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows.
+
+    A part is a set of rows, neighbours or not; processes whose devices hold other tokens of the same rows share one.
+    """
+    held: dict[int, set[int]] = {}
+    for device, where in NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, set()).add(where[0].indices(rows)[0])
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    if len(set(map(len, parts))) > 1 or sum(map(len, parts)) > len(set().union(*parts)):
+        raise ConfigError(
+            f"mesh {told(mesh.shape)}: processes hold some of each other's rows; make mesh.context a multiple or a divisor "
+            f"of the {mesh.local_mesh.size} devices of a process"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def placed(batch: Any) -> Any:
-    """Host arrays [B, T] on the devices: rows split over every axis of the mesh that is set, or the default device."""
+    """Host arrays [B, T] on the devices of the mesh that is set, rows and tokens split, or on the default device."""
     layout = NamedSharding(jax.sharding.get_mesh(), activation("BT")) if active() else None
     return jax.device_put(batch, layout)
 
@@ -227,7 +247,7 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
+    """`fn` on each device's tokens: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
     share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
@@ -249,6 +269,11 @@ def total(x: Array) -> Array:
 def gathered(x: Array) -> Array:
     """Inside `per_shard`: the rows of all devices along the expert axis."""
     return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+
+
+def row(z: Array) -> Array:
+    """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
+    return jax.lax.all_gather(z, CONTEXT, axis=1, tiled=True) if axis_size(CONTEXT) > 1 else z
 
 
 def own(x: Array) -> Array:

@@ -65,12 +65,14 @@ def _local(
 
 
 def _whole(w: Array, layout: P) -> Array:
-    """This device's experts with their fsdp shards gathered; the gradient is scattered as it is summed."""
-    split = [d for d, axes in enumerate(layout) if mesh.FSDP in mesh.axes_of((axes,))]
-    for d in split:
-        w = jax.lax.all_gather(w, mesh.FSDP, axis=d, tiled=True)
-    missing = [axis for axis in mesh.NOT_EXPERT if not (split and axis == mesh.FSDP)]
-    return jax.lax.pcast(w, tuple(missing), to="varying")
+    """This device's experts with their shards gathered; the gradient is scattered as it is summed."""
+    missing = set(mesh.NOT_EXPERT)
+    for d in range(w.ndim):
+        axes = tuple(axis for axis in mesh.axes_of(layout[d : d + 1]) if axis in mesh.SHARDS)
+        if axes:
+            w = jax.lax.all_gather(w, axes, axis=d, tiled=True)
+        missing -= set(axes)
+    return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
 
 
 def _chunks(rows: int, length: int, choices: int) -> int:

@@ -48,7 +48,7 @@ class Work:
 
 
 def work(run: Run, sizes: Sizes, rows: int, length: int) -> Work:
-    return Work(run, dict(zip(mesh.AXES, (sizes.data, sizes.fsdp, sizes.expert), strict=True)), rows, length)
+    return Work(run, mesh.sizes_of(sizes), rows, length)
 
 
 def memory(now: Work) -> dict[str, float]:
@@ -131,9 +131,20 @@ def _transfers(now: Work) -> Iterator[Transfer]:
             yield gathered, "reduce-scatter", size
         left = tuple(axis for axis in mesh.AXES if axis not in at_rest)  # axes on which it is held more than once
         yield left, "all-reduce", 2 * width * spec.count / now.shards(at_rest)
+    yield from _keys_to_queries(now)
     yield from _tokens_to_experts(now)
     yield from _tokens_to_head(now)
     yield from _matrices_to_homes(now.run.optim, specs, now)
+
+
+def _keys_to_queries(now: Work) -> Iterator[Transfer]:
+    """Of every layer: keys and values of a whole row gathered along context with their positions and segments (and once
+    more for the backward pass), their gradients scattered."""
+    cfg = now.run.model
+    tokens = now.tokens * now.axes[mesh.CONTEXT] * now.layers
+    keys, where = tokens * 2 * cfg.K * cfg.H * _itemsize(now), tokens * 2 * FLOAT32
+    yield (mesh.CONTEXT,), "all-gather", (2 if cfg.remat != "none" else 1) * (keys + where)
+    yield (mesh.CONTEXT,), "reduce-scatter", keys
 
 
 def _tokens_to_experts(now: Work) -> Iterator[Transfer]:

@@ -16,6 +16,7 @@ from jax import Array
 
 from glm_jax import config, losses, mesh, model
 from glm_jax.optim.balance import balance
+from glm_jax.parallel.context import zigzag
 from glm_jax.train.state import State
 
 Batch = dict[str, Array]  # a microbatch (see glm_jax.data.input), or a stack of them with C in front
@@ -132,7 +133,8 @@ def train_step(
 
 
 def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int, rows: int | None = None) -> Batch:
-    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape.
+    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape. The tokens of
+    each row are put in the order of `parallel.context`.
 
     With `rows`, each process gives its share of microbatches of so many rows (`mesh.process_share`); else all of them.
     """
@@ -140,7 +142,7 @@ def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int, rows: int 
     padded = [*microbatches, *[empty] * (room - len(microbatches))]
     place = mesh.batch_sharding(jax.sharding.get_mesh())
     whole = {name: (room, rows or z.shape[0], *z.shape[1:]) for name, z in empty.items()}
-    here = {name: np.stack([one[name] for one in padded]) for name in empty}
+    here = zigzag({name: np.stack([one[name] for one in padded]) for name in empty}, dim=2)
     return {name: jax.make_array_from_process_local_data(place, here[name], whole[name]) for name in empty}
 
 

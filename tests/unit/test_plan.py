@@ -140,6 +140,17 @@ def test_experts_are_gathered_along_fsdp_alone():
     assert not [key for key in found if key.startswith("data")]
 
 
+def test_keys_of_long_rows_are_gathered_along_context():
+    work = plan.check(GLM45, POD, Mesh(fsdp=8, expert=8, context=8), 64, 131_072)
+    assert work.tokens == 131_072 / 8
+    found = analytic.traffic(work)
+    keys = 93 * 131_072 * 2 * 8 * 128 * 2 * 7 / 8  # of all layers: a row to each device, less what it has
+    assert found["context reduce-scatter"] == pytest.approx(keys)
+    assert found["context all-gather"] == pytest.approx(2 * keys, rel=0.01)  # and positions and segments
+    experts = 90 * 160 * 3 * 5120 * 1536 * 2 / 8 * 63 / 64
+    assert found["fsdp+context reduce-scatter"] == pytest.approx(experts, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -169,10 +180,11 @@ def test_devices_of_a_topology():
 @pytest.mark.parametrize(
     ("machine", "sizes", "rows", "length", "told"),
     [
-        ("v5p:8x8x8", Mesh(fsdp=63, expert=8), 512, 4096, "fsdp=63, expert=8 does not fit 512 devices"),
+        ("v5p:8x8x8", Mesh(fsdp=63, expert=8), 512, 4096, "fsdp=63, context=1, expert=8 does not fit 512 devices"),
         ("v5p:8x8x12", Mesh(fsdp=32, expert=24), 768, 4096, "E=160 cannot be split over expert axis of 24; use a divisor"),
         ("v5p:8x8x12", Mesh(fsdp=96, expert=8), 768, 4096, "D=5120 cannot be split over fsdp x expert axes of 768"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
+        ("v5p:8x8x8", Mesh(fsdp=8, expert=8, context=8), 64, 4104, "T=4104 tokens cannot be split over a context axis of 8"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
     ],
@@ -209,6 +221,7 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
 
 def test_a_mesh_as_text():
     assert script.mesh_of(script.Args(mesh="fsdp=64,expert=8"), GLM45) == Mesh(data=1, fsdp=64, expert=8)
+    assert script.mesh_of(script.Args(mesh="fsdp=8,expert=8,context=8"), GLM45) == Mesh(1, 8, 8, context=8)
     assert script.mesh_of(script.Args(mesh="expert=8", slices=2), GLM45) == Mesh(data=2, fsdp=-1, expert=8)
     assert script.mesh_of(script.Args(), GLM45) == GLM45.mesh
     with pytest.raises(ConfigError, match=r"no axis 'exprt'; did you mean 'expert'"):
