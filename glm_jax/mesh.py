@@ -27,8 +27,8 @@ Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
 EXPERTS: Rules = {"E": EXPERT, "D": FSDP}
 EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-HEAD: Rules = {"V": (EXPERT, FSDP)}
-HEAD_IN_USE: Rules = {"V": EXPERT}  # the loss works on a share of the vocabulary
+VOCABULARY: Rules = {"V": (EXPERT, FSDP)}  # of the embedding and the output matrix
+VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
 OTHERS: Rules = {"D": (FSDP, EXPERT)}
 OTHERS_IN_USE: Rules = {}
 ACTIVATIONS = {"B": BATCH, "X": BATCH}
@@ -70,10 +70,10 @@ def told(sizes: Mapping[str, int]) -> str:
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` cannot be split over `mesh`."""
-    for only_experts in (True, False):  # the likelier mistake first
+    for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
         for name, spec in leaves(specs):
             for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-                if (letter == "E") == only_experts:
+                if {"E": 0, "V": 2}.get(letter, 1) == turn:
                     _check_split(mesh, name, letter, size, axes)
     if rows % mesh.size:
         raise ConfigError(
@@ -95,12 +95,12 @@ def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple
 
 def at_rest(spec: Spec) -> PartitionSpec:
     """Layout of a weight between steps: every device of a slice has its own part."""
-    return _layout(spec, EXPERTS, HEAD, OTHERS)
+    return _layout(spec, EXPERTS, VOCABULARY, OTHERS)
 
 
 def in_use(spec: Spec) -> PartitionSpec:
     """Layout of a weight while its layer computes."""
-    return _layout(spec, EXPERTS_IN_USE, HEAD_IN_USE, OTHERS_IN_USE)
+    return _layout(spec, EXPERTS_IN_USE, VOCABULARY_IN_USE, OTHERS_IN_USE)
 
 
 def everywhere(spec: Spec) -> PartitionSpec:
@@ -173,23 +173,57 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def in_layer(spec: Spec) -> PartitionSpec | None:
-    """As `in_use`, but experts stay as they lie (None): they are gathered where their tokens are, in `parallel.expert`."""
-    return None if "E" in spec.batch else in_use(spec)
+def gather(params: Any, specs: Any, dtype: Any) -> Any:
+    """The FSDP gather, in sight: a layer's weights from their layout at rest to the one in use, cast to `dtype` on the way.
+    A gradient is scattered as it is summed: no device ever has the whole sum.
 
-
-def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec | None] = in_layer) -> Any:
-    """The FSDP gather, in sight: weights from their layout at rest to the one in use, cast to `dtype` on the way.
-
-    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1).
+    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1). Experts stay as
+    they lie: they are gathered where their tokens are, in `parallel.expert`.
     """
 
     def use(spec: Spec, w: Array) -> Array:
-        w = w if spec.kind in ("norm", "router") else w.astype(dtype)
-        there = layout(spec) if active() else None
-        return w if there is None else jax.sharding.reshard(w, there)
+        w = _cast(w, spec, dtype)
+        return w if not active() or "E" in spec.batch else _gathered(w, in_use(spec))
 
     return jax.tree.map(use, specs, params)
+
+
+def spread(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec]) -> Any:
+    """Weights cast and brought to another layout to be held there, as sampling does; gradients had better use `gather`."""
+
+    def use(spec: Spec, w: Array) -> Array:
+        w = _cast(w, spec, dtype)
+        return jax.sharding.reshard(w, layout(spec)) if active() else w
+
+    return jax.tree.map(use, specs, params)
+
+
+def _cast(w: Array, spec: Spec, dtype: Any) -> Array:
+    return w if spec.kind in ("norm", "router") else w.astype(dtype)
+
+
+def _gathered(w: Array, there: PartitionSpec) -> Array:
+    """`w` in the layout `there`, which splits it over fewer axes than its own.
+
+    Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
+    device until the transposed gather scatters it. Shards are gathered along a dimension of their own: XLA turns a gather of shards that
+    are no whole tiles (10 rows of D) into an all-reduce of twice the bytes.
+    """
+    here = jax.typeof(w).sharding.spec.partitions
+    missing = {d: tuple(axis for axis in _tuple(here[d]) if axis not in _tuple(there[d])) for d in range(w.ndim)}
+    over = axes_of(missing.values())
+    if all(axis_size(axis) == 1 for axis in over):
+        return jax.sharding.reshard(w, there)
+    equal = tuple(axis for axis in AXES if axis not in axes_of(there))
+
+    def local(w: Array) -> Array:
+        for d, axes in missing.items():
+            if axes:
+                shards = jax.lax.all_gather(w, axes, axis=0, to="reduced")
+                w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+        return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
+
+    return jax.shard_map(local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=set(equal)))(w)
 
 
 def whole(x: Array, batch: Sequence[int]) -> Array:
@@ -227,18 +261,26 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
-    share of the vocabulary. Kernels run inside."""
+    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back; the output matrix, "DV", and the
+    embedding, "VD", with their share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
-    layouts = tuple(PartitionSpec(None, EXPERT) if dims == "DV" else activation(dims) for dims in ins)
-    return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))
+
+    def layout(dims: str, x: Array) -> PartitionSpec:
+        share = {"DV": (None, EXPERT), "VD": (EXPERT,)}.get(dims)
+        return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
+
+    def run(*arrays: Array) -> Any:
+        layouts = tuple(map(layout, ins, arrays))
+        return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))(*arrays)
+
+    return run
 
 
-def vary(head_DV: Array) -> Array:
-    """Inside `per_shard`: the head, which differs along the expert axis alone, so that its gradient is summed over the
-    other devices."""
-    return jax.lax.pcast(head_DV, NOT_EXPERT, to="varying") if active() else head_DV
+def vary(share: Array) -> Array:
+    """Inside `per_shard`: the head or the embedding, which differ along the expert axis alone, so that their gradient is
+    summed over the other devices."""
+    return jax.lax.pcast(share, NOT_EXPERT, to="varying") if active() else share
 
 
 def total(x: Array) -> Array:
@@ -251,6 +293,11 @@ def gathered(x: Array) -> Array:
     return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
 
 
+def scattered(x: Array) -> Array:
+    """Inside `per_shard`: of rows that `gathered` brought together, this device's, summed along the expert axis."""
+    return jax.lax.psum_scatter(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+
+
 def own(x: Array) -> Array:
     """Inside `per_shard`: what `gathered` had from this device."""
     size = axis_size(EXPERT)
@@ -260,9 +307,9 @@ def own(x: Array) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(EXPERT) * rows, rows)
 
 
-def _layout(spec: Spec, experts: Rules, head: Rules, others: Rules) -> PartitionSpec:
+def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:
     split = set(spec.dims) - set(spec.replicate)
-    rules = experts if "E" in split else head if spec.kind == "head" else others
+    rules = experts if "E" in split else vocabulary if "V" in split else others
     return PartitionSpec(*(rules.get(letter) if letter in split else None for letter in spec.dims))
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import expert_mlp
 
 ROUTED_ROWS = {
     "cpu": 2**24,
-    "tpu": 2**16,
+    "tpu": 2**15,
     "gpu": 2**16,
 }  # of a chunk, in the worst case; on a CPU they are never stored
 
