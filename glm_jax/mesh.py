@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "expert")
 BATCH = AXES  # rows of tokens are split over every axis
 FSDP, EXPERT = "fsdp", "expert"
 NOT_EXPERT = ("data", FSDP)
+BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
@@ -206,21 +207,20 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     """`w` in the layout `there`, which splits it over fewer axes than its own.
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
-    device until the transposed gather scatters it. Shards are gathered along a dimension of their own: XLA turns a gather of shards that
-    are no whole tiles (10 rows of D) into an all-reduce of twice the bytes.
+    device until the transposed gather scatters it. One axis at a time, the innermost first, each along a dimension of its
+    own: TPU's compiler makes an all-reduce of a gather over two axes, or of shards that are no whole tiles, for twice the bytes.
     """
     here = jax.typeof(w).sharding.spec.partitions
-    missing = {d: tuple(axis for axis in _tuple(here[d]) if axis not in _tuple(there[d])) for d in range(w.ndim)}
-    over = axes_of(missing.values())
+    steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
+    over = {axis for _, axis in steps}
     if all(axis_size(axis) == 1 for axis in over):
         return jax.sharding.reshard(w, there)
-    equal = tuple(axis for axis in AXES if axis not in axes_of(there))
+    equal = [axis for axis in AXES if axis not in axes_of(there)]
 
     def local(w: Array) -> Array:
-        for d, axes in missing.items():
-            if axes:
-                shards = jax.lax.all_gather(w, axes, axis=0, to="reduced")
-                w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+        for d, axis in steps:
+            shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
+            w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
         return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
 
     return jax.shard_map(local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=set(equal)))(w)
@@ -289,22 +289,35 @@ def total(x: Array) -> Array:
 
 
 def gathered(x: Array) -> Array:
-    """Inside `per_shard`: the rows of all devices along the expert axis."""
-    return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+    """Inside `per_shard`: the rows of all devices along the expert axis, a block of each device's in turn."""
+    if axis_size(EXPERT) == 1:
+        return x
+    return jax.lax.all_gather(_blocks(x, 1), EXPERT, axis=1, tiled=True).reshape(-1, *x.shape[1:])
 
 
 def scattered(x: Array) -> Array:
     """Inside `per_shard`: of rows that `gathered` brought together, this device's, summed along the expert axis."""
-    return jax.lax.psum_scatter(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+    if axis_size(EXPERT) == 1:
+        return x
+    blocks = _blocks(x, axis_size(EXPERT))
+    return jax.lax.psum_scatter(blocks, EXPERT, scatter_dimension=1, tiled=True).reshape(-1, *x.shape[1:])
 
 
 def own(x: Array) -> Array:
     """Inside `per_shard`: what `gathered` had from this device."""
-    size = axis_size(EXPERT)
-    if size == 1:
+    if axis_size(EXPERT) == 1:
         return x
-    rows = x.shape[0] // size
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(EXPERT) * rows, rows)
+    blocks = _blocks(x, axis_size(EXPERT))
+    rows = blocks.shape[1] // axis_size(EXPERT)
+    mine = jax.lax.dynamic_slice_in_dim(blocks, jax.lax.axis_index(EXPERT) * rows, rows, axis=1)
+    return mine.reshape(-1, *x.shape[1:])
+
+
+def _blocks(x: Array, devices: int) -> Array:
+    """[blocks, rows of a block from so many devices, ...]. Scattered along an inner dimension, a sum travels as it is; along
+    the outermost, TPU's compiler pads it and sends a part of it twice."""
+    rows = x.shape[0] // devices
+    return x.reshape(rows // BLOCK if rows % BLOCK == 0 else 1, -1, *x.shape[1:])
 
 
 def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:

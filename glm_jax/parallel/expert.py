@@ -86,7 +86,7 @@ def _chunk(implementation: str | None, layer: tuple[Array, ...], tokens: tuple[A
     if not mesh.active():
         x_XD, experts_XA, weights_XA = tokens
         return mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    x_XD, experts_XA, weights_XA = (jax.lax.all_gather(z, mesh.EXPERT, tiled=True) for z in tokens)
+    x_XD, experts_XA, weights_XA = map(mesh.gathered, tokens)
     here_XA = experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(gate_EDM)  # others' fall outside 0..E-1
     y_XD = mlp(x_XD, gate_EDM, up_EDM, down_EMD, here_XA, weights_XA)
-    return jax.lax.psum_scatter(y_XD, mesh.EXPERT, tiled=True)
+    return mesh.scattered(y_XD)

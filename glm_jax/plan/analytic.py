@@ -127,9 +127,10 @@ def _transfers(now: Work) -> Iterator[Transfer]:
         passes = 2 if in_a_layer and cfg.remat != "none" else 1
         width = FLOAT32 if spec.kind in ("router", "norm") else wide
         size = width * spec.count / now.shards(in_use)
-        if gathered:
-            yield gathered, "all-gather", passes * size
-            yield gathered, "reduce-scatter", size
+        for i, axis in enumerate(gathered):  # one at a time, the last one first
+            part = size / now.shards((gathered[:i],))
+            yield (axis,), "all-gather", passes * part
+            yield (axis,), "reduce-scatter", part
         left = tuple(axis for axis in mesh.AXES if axis not in at_rest)  # axes on which it is held more than once
         yield left, "all-reduce", 2 * width * spec.count / now.shards(at_rest)
     yield from _tokens_to_experts(now)
