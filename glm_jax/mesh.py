@@ -23,13 +23,14 @@ AXES = ("data", FSDP, CONTEXT, EXPERT)
 BATCH = ("data", FSDP, EXPERT)  # rows of tokens are split over these, the tokens of a row over context
 NOT_EXPERT = ("data", FSDP, CONTEXT)
 SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp
+BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
 EXPERTS: Rules = {"E": EXPERT, "D": SHARDS}
 EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-HEAD: Rules = {"V": (EXPERT, *SHARDS)}
-HEAD_IN_USE: Rules = {"V": EXPERT}  # the loss works on a share of the vocabulary
+VOCABULARY: Rules = {"V": (EXPERT, *SHARDS)}  # of the embedding and the output matrix
+VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
 OTHERS: Rules = {"D": (*SHARDS, EXPERT)}
 OTHERS_IN_USE: Rules = {}
 ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT}  # keys, S, are a whole row's
@@ -76,10 +77,10 @@ def told(sizes: Mapping[str, int]) -> str:
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` of `length` tokens cannot be split over `mesh`."""
-    for only_experts in (True, False):  # the likelier mistake first
+    for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
         for name, spec in leaves(specs):
             for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-                if (letter == "E") == only_experts:
+                if {"E": 0, "V": 2}.get(letter, 1) == turn:
                     _check_split(mesh, name, letter, size, axes)
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if rows % parts:
@@ -108,12 +109,12 @@ def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple
 
 def at_rest(spec: Spec) -> PartitionSpec:
     """Layout of a weight between steps: every device of a slice has its own part."""
-    return _layout(spec, EXPERTS, HEAD, OTHERS)
+    return _layout(spec, EXPERTS, VOCABULARY, OTHERS)
 
 
 def in_use(spec: Spec) -> PartitionSpec:
     """Layout of a weight while its layer computes."""
-    return _layout(spec, EXPERTS_IN_USE, HEAD_IN_USE, OTHERS_IN_USE)
+    return _layout(spec, EXPERTS_IN_USE, VOCABULARY_IN_USE, OTHERS_IN_USE)
 
 
 def everywhere(spec: Spec) -> PartitionSpec:
@@ -193,23 +194,56 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def in_layer(spec: Spec) -> PartitionSpec | None:
-    """As `in_use`, but experts stay as they lie (None): they are gathered where their tokens are, in `parallel.expert`."""
-    return None if "E" in spec.batch else in_use(spec)
+def gather(params: Any, specs: Any, dtype: Any) -> Any:
+    """The FSDP gather, in sight: a layer's weights from their layout at rest to the one in use, cast to `dtype` on the way.
+    A gradient is scattered as it is summed: no device ever has the whole sum.
 
-
-def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec | None] = in_layer) -> Any:
-    """The FSDP gather, in sight: weights from their layout at rest to the one in use, cast to `dtype` on the way.
-
-    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1).
+    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1). Experts stay as
+    they lie: they are gathered where their tokens are, in `parallel.expert`.
     """
 
     def use(spec: Spec, w: Array) -> Array:
-        w = w if spec.kind in ("norm", "router") else w.astype(dtype)
-        there = layout(spec) if active() else None
-        return w if there is None else jax.sharding.reshard(w, there)
+        w = _cast(w, spec, dtype)
+        return w if not active() or "E" in spec.batch else _gathered(w, in_use(spec))
 
     return jax.tree.map(use, specs, params)
+
+
+def spread(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec]) -> Any:
+    """Weights cast and brought to another layout to be held there, as sampling does; gradients had better use `gather`."""
+
+    def use(spec: Spec, w: Array) -> Array:
+        w = _cast(w, spec, dtype)
+        return jax.sharding.reshard(w, layout(spec)) if active() else w
+
+    return jax.tree.map(use, specs, params)
+
+
+def _cast(w: Array, spec: Spec, dtype: Any) -> Array:
+    return w if spec.kind in ("norm", "router") else w.astype(dtype)
+
+
+def _gathered(w: Array, there: PartitionSpec) -> Array:
+    """`w` in the layout `there`, which splits it over fewer axes than its own.
+
+    Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
+    device until the transposed gather scatters it. One axis at a time, the innermost first, each along a dimension of its
+    own: TPU's compiler makes an all-reduce of a gather over two axes, or of shards that are no whole tiles, for twice the bytes.
+    """
+    here = jax.typeof(w).sharding.spec.partitions
+    steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
+    over = {axis for _, axis in steps}
+    if all(axis_size(axis) == 1 for axis in over):
+        return jax.sharding.reshard(w, there)
+    equal = [axis for axis in AXES if axis not in axes_of(there)]
+
+    def local(w: Array) -> Array:
+        for d, axis in steps:
+            shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
+            w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+        return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
+
+    return jax.shard_map(local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=set(equal)))(w)
 
 
 def whole(x: Array, batch: Sequence[int]) -> Array:
@@ -247,18 +281,26 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's tokens: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
-    share of the vocabulary. Kernels run inside."""
+    """`fn` on each device's tokens: activations named by `ins` in, those named by `outs` back; the output matrix, "DV", and the
+    embedding, "VD", with their share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
-    layouts = tuple(PartitionSpec(None, EXPERT) if dims == "DV" else activation(dims) for dims in ins)
-    return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))
+
+    def layout(dims: str, x: Array) -> PartitionSpec:
+        share = {"DV": (None, EXPERT), "VD": (EXPERT,)}.get(dims)
+        return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
+
+    def run(*arrays: Array) -> Any:
+        layouts = tuple(map(layout, ins, arrays))
+        return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))(*arrays)
+
+    return run
 
 
-def vary(head_DV: Array) -> Array:
-    """Inside `per_shard`: the head, which differs along the expert axis alone, so that its gradient is summed over the
-    other devices."""
-    return jax.lax.pcast(head_DV, NOT_EXPERT, to="varying") if active() else head_DV
+def vary(share: Array) -> Array:
+    """Inside `per_shard`: the head or the embedding, which differ along the expert axis alone, so that their gradient is
+    summed over the other devices."""
+    return jax.lax.pcast(share, NOT_EXPERT, to="varying") if active() else share
 
 
 def total(x: Array) -> Array:
@@ -267,8 +309,18 @@ def total(x: Array) -> Array:
 
 
 def gathered(x: Array) -> Array:
-    """Inside `per_shard`: the rows of all devices along the expert axis."""
-    return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+    """Inside `per_shard`: the rows of all devices along the expert axis, a block of each device's in turn."""
+    if axis_size(EXPERT) == 1:
+        return x
+    return jax.lax.all_gather(_blocks(x, 1), EXPERT, axis=1, tiled=True).reshape(-1, *x.shape[1:])
+
+
+def scattered(x: Array) -> Array:
+    """Inside `per_shard`: of rows that `gathered` brought together, this device's, summed along the expert axis."""
+    if axis_size(EXPERT) == 1:
+        return x
+    blocks = _blocks(x, axis_size(EXPERT))
+    return jax.lax.psum_scatter(blocks, EXPERT, scatter_dimension=1, tiled=True).reshape(-1, *x.shape[1:])
 
 
 def row(z: Array) -> Array:
@@ -278,16 +330,24 @@ def row(z: Array) -> Array:
 
 def own(x: Array) -> Array:
     """Inside `per_shard`: what `gathered` had from this device."""
-    size = axis_size(EXPERT)
-    if size == 1:
+    if axis_size(EXPERT) == 1:
         return x
-    rows = x.shape[0] // size
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(EXPERT) * rows, rows)
+    blocks = _blocks(x, axis_size(EXPERT))
+    rows = blocks.shape[1] // axis_size(EXPERT)
+    mine = jax.lax.dynamic_slice_in_dim(blocks, jax.lax.axis_index(EXPERT) * rows, rows, axis=1)
+    return mine.reshape(-1, *x.shape[1:])
 
 
-def _layout(spec: Spec, experts: Rules, head: Rules, others: Rules) -> PartitionSpec:
+def _blocks(x: Array, devices: int) -> Array:
+    """[blocks, rows of a block from so many devices, ...]. Scattered along an inner dimension, a sum travels as it is; along
+    the outermost, TPU's compiler pads it and sends a part of it twice."""
+    rows = x.shape[0] // devices
+    return x.reshape(rows // BLOCK if rows % BLOCK == 0 else 1, -1, *x.shape[1:])
+
+
+def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:
     split = set(spec.dims) - set(spec.replicate)
-    rules = experts if "E" in split else head if spec.kind == "head" else others
+    rules = experts if "E" in split else vocabulary if "V" in split else others
     return PartitionSpec(*(rules.get(letter) if letter in split else None for letter in spec.dims))
 
 

@@ -83,6 +83,8 @@ def test_layouts_follow_the_letters():
     assert mesh.at_rest(router) == P(None, ("fsdp", "context", "expert"), None)  # its E does not follow the experts'
     assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context"))
     assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
+    assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context"), None)
+    assert mesh.in_use(specs.embed_VD) == P("expert", None)  # and so does the look-up
     assert mesh.activation("BTD") == P(("data", "fsdp", "expert"), "context", None)
 
 

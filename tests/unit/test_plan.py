@@ -6,11 +6,12 @@ import pytest
 
 from experiments import plan as script
 from experiments import recipes
-from glm_jax import plan
+from glm_jax import model, plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
 from glm_jax.plan.target import GIB, names
+from glm_jax.spec import count
 
 POD = plan.target("v5p:8x8x8")
 GLM45 = recipes.get("glm45")
@@ -134,21 +135,23 @@ def test_operations_are_six_a_parameter_and_attention():
 
 def test_experts_are_gathered_along_fsdp_alone():
     found = analytic.traffic(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096))
-    experts = 90 * 160 * 3 * 5120 * 1536 * 2 / 8 * 63 / 64
-    assert found["fsdp reduce-scatter"] == pytest.approx(experts, rel=0.02)
-    assert found["fsdp all-gather"] == pytest.approx(2 * experts, rel=0.02)
+    experts, vocabulary = 90 * 160 * 3 * 5120 * 1536, 2 * 151_552 * 5120
+    others = count(model.specs(GLM45.model)) - experts - vocabulary
+    summed = 2 * ((experts + vocabulary) / 8 + others) * 63 / 64  # bfloat16
+    assert found["fsdp reduce-scatter"] == pytest.approx(summed, rel=0.01)
+    assert found["fsdp all-gather"] == pytest.approx(2 * summed, rel=0.01)
     assert not [key for key in found if key.startswith("data")]
 
 
 def test_keys_of_long_rows_are_gathered_along_context():
-    work = plan.check(GLM45, POD, Mesh(fsdp=8, expert=8, context=8), 64, 131_072)
-    assert work.tokens == 131_072 / 8
-    found = analytic.traffic(work)
-    keys = 93 * 131_072 * 2 * 8 * 128 * 2 * 7 / 8  # of all layers: a row to each device, less what it has
-    assert found["context reduce-scatter"] == pytest.approx(keys)
-    assert found["context all-gather"] == pytest.approx(2 * keys, rel=0.01)  # and positions and segments
-    experts = 90 * 160 * 3 * 5120 * 1536 * 2 / 8 * 63 / 64
-    assert found["fsdp+context reduce-scatter"] == pytest.approx(experts, rel=0.02)
+    sizes = Mesh(fsdp=8, expert=8, context=8)
+    whole, half = (plan.check(GLM45, POD, sizes, 64, length) for length in (131_072, 65_536))
+    assert whole.tokens == 131_072 / 8
+    found, of_half = analytic.traffic(whole), analytic.traffic(half)  # both with the same weights
+    keys = 93 * 65_536 * 2 * 8 * 128 * 2 * 7 / 8  # of all layers: a row to each device, less what it has
+    assert found["context reduce-scatter"] - of_half["context reduce-scatter"] == pytest.approx(keys)
+    gathered = found["context all-gather"] - of_half["context all-gather"]
+    assert gathered == pytest.approx(2 * keys, rel=0.01)  # and positions and segments
 
 
 @pytest.mark.parametrize(
