@@ -160,7 +160,7 @@ def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
     if len(set(map(len, parts))) > 1 or sum(map(len, parts)) > len(set().union(*parts)):
         raise ConfigError(
             f"mesh {told(mesh.shape)}: processes hold some of each other's rows; make mesh.context a multiple or a divisor "
-            f"of the {mesh.local_mesh.size} devices of a process"
+            f"of the {jax.local_device_count()} devices of a process"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
