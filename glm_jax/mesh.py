@@ -227,8 +227,8 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     """`w` in the layout `there`, which splits it over fewer axes than its own.
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
-    device until the transposed gather scatters it. One axis at a time, the innermost first, each along a dimension of its
-    own: TPU's compiler makes an all-reduce of a gather over two axes, or of shards that are no whole tiles, for twice the bytes.
+    device until the transposed gather scatters it. One axis at a time, the innermost first, and shards that are no whole tiles
+    along a dimension of their own: of others TPU's compiler makes an all-reduce, for twice the bytes.
     """
     here = jax.typeof(w).sharding.spec.partitions
     steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
@@ -239,8 +239,11 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
 
     def local(w: Array) -> Array:
         for d, axis in steps:
-            shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
-            w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+            if w.shape[d] % BLOCK == 0:
+                w = jax.lax.all_gather(w, axis, axis=d, tiled=True, to="reduced")
+            else:
+                shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
+                w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
         return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
 
     return jax.shard_map(local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=set(equal)))(w)

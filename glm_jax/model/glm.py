@@ -20,6 +20,7 @@ from glm_jax.model.blocks import DenseBlock, MoEBlock, block
 from glm_jax.model.moe import ROUTER_BIAS, Routing
 from glm_jax.model.mtp import MTP, mtp
 from glm_jax.model.ops import rms_norm
+from glm_jax.parallel.order import together
 from glm_jax.parallel.vocabulary import embed
 from glm_jax.spec import norm, part, weight
 
@@ -143,7 +144,8 @@ def hidden(  # noqa: PLR0913 (as forward)
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
     if next_ids_BT is not None and params.mtp is not None:
         run = partial(jax.checkpoint, static_argnums=0)(mtp) if cfg.remat == "layer" else mtp
-        mtp_hidden_BTD, last = run(cfg, params.mtp, router_bias_LE[-1], hidden_BTD, embed(table_VD, next_ids_BT), at)
+        mtp_params, before_BTD = together((params.mtp, hidden_BTD))
+        mtp_hidden_BTD, last = run(cfg, mtp_params, router_bias_LE[-1], before_BTD, embed(table_VD, next_ids_BT), at)
         routings.append(jax.tree.map(lambda z: z[None], last))
     load_LE, balance_L = (
         jnp.concatenate([getattr(r, name) for r in routings]) if routings else jnp.zeros((0, *tail))
@@ -185,14 +187,15 @@ def _layers(
     """Run layers of one kind: scanned and rematerialised where stacked, one by one where not."""
     if stack is None:
         return x_BTD, cache, None
+    stacked = not isinstance(stack, tuple)
 
     def step(carry, layer):
         x_BTD, cache = carry
         p, bias_E, number, given_BTA = layer
-        x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number, given_BTA)
+        x_BTD, cache, routing = block(cfg, together(p) if stacked else p, bias_E, x_BTD, at, cache, number, given_BTA)
         return (x_BTD, cache), routing
 
-    if isinstance(stack, tuple):
+    if not stacked:
         routings = []
         for i, p in enumerate(stack):
             bias_E, given_BTA = (None if z is None else z[i] for z in (bias_LE, given_LBTA))

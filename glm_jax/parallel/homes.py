@@ -138,9 +138,10 @@ def _at_home(fn: Callable[[Array], Array], stacks: list[Stack], shards: Sequence
         whole_BPQ = jax.lax.all_to_all(shard_BPQ, stacks[0].axes, split_axis=0, concat_axis=1, tiled=True)
         return jax.lax.all_to_all(fn(whole_BPQ), stacks[0].axes, split_axis=1, concat_axis=0, tiled=True)
 
-    padded = jnp.pad(joined, ((0, room - len(joined)), (0, 0), (0, 0)))
-    if chunks == 1:  # without the barrier XLA may look through the list, and refuse parts of it that differ in layout
-        back = chunk(jax.lax.optimization_barrier(padded))
+    # XLA for CPUs cannot exchange pieces of different layouts: without the barrier it looks through the concatenation
+    padded = jax.lax.optimization_barrier(jnp.pad(joined, ((0, room - len(joined)), (0, 0), (0, 0))))
+    if chunks == 1:
+        back = chunk(padded)
     else:
         back = jax.lax.map(chunk, padded.reshape(chunks, -1, *joined.shape[1:])).reshape(padded.shape)
     results, start = [], 0

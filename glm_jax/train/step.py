@@ -17,6 +17,7 @@ from jax import Array
 from glm_jax import config, losses, mesh, model
 from glm_jax.optim.balance import balance
 from glm_jax.parallel.context import zigzag
+from glm_jax.parallel.order import together
 from glm_jax.train.state import State
 
 Batch = dict[str, Array]  # a microbatch (see glm_jax.data.input), or a stack of them with C in front
@@ -51,7 +52,8 @@ def loss_fn(
         prefixes_BT=batch.get("prefixes"), next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
         experts_BTLA=batch.get("experts"),
     )  # fmt: skip
-    head_DV = model.output_matrix(cfg, params)
+    head_DV, hidden_BTD = together((params.head_DV, aux.hidden_BTD))
+    head_DV = model.output_matrix(cfg, params.replace(head_DV=head_DV))
     metrics = {}
 
     def component(hidden_BTD: Array, name: str) -> Array:
@@ -67,7 +69,7 @@ def loss_fn(
             metrics.update(mismatch(log_prob_BT, old_BT, weights_BT != 0, policy.clip))
         return total / jnp.maximum(totals[f"{name}weights"], 1e-9)
 
-    main = component(aux.hidden_BTD, "")
+    main = component(hidden_BTD, "")
     mtp = component(aux.mtp_hidden_BTD, "mtp_") if aux.mtp_hidden_BTD is not None else jnp.zeros(())
     sequence_balance = jnp.sum(aux.balance_L) / totals["microbatches"]
     loss = main + mtp_weight * mtp + totals["sequence_balance"] * sequence_balance
