@@ -33,7 +33,7 @@ VOCABULARY: Rules = {"V": (EXPERT, *SHARDS)}  # of the embedding and the output 
 VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
 OTHERS: Rules = {"D": (*SHARDS, EXPERT)}
 OTHERS_IN_USE: Rules = {}
-ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT}  # keys, S, are a whole row's
+ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT, "S": CONTEXT}  # S of a cache, which no context axis above 1 meets
 
 
 def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
