@@ -134,7 +134,8 @@ def join_processes() -> None:
             )
         import jax
 
-        jax.distributed.initialize(address, *map(int, numbers))
+        count, index = map(int, numbers)
+        jax.distributed.initialize(address, count, index)
     elif (
         auto or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     ):
