@@ -232,7 +232,9 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
                 w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
         return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
 
-    return jax.shard_map(local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=set(equal)))(w)
+    return jax.shard_map(
+        local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=frozenset(equal))
+    )(w)
 
 
 def whole(x: Array, batch: Sequence[int]) -> Array:
