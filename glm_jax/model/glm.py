@@ -187,15 +187,14 @@ def _layers(
     """Run layers of one kind: scanned and rematerialised where stacked, one by one where not."""
     if stack is None:
         return x_BTD, cache, None
-    stacked = not isinstance(stack, tuple)
 
     def step(carry, layer):
         x_BTD, cache = carry
         p, bias_E, number, given_BTA = layer
-        x_BTD, cache, routing = block(cfg, together(p) if stacked else p, bias_E, x_BTD, at, cache, number, given_BTA)
+        x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number, given_BTA)
         return (x_BTD, cache), routing
 
-    if not stacked:
+    if isinstance(stack, tuple):
         routings = []
         for i, p in enumerate(stack):
             bias_E, given_BTA = (None if z is None else z[i] for z in (bias_LE, given_LBTA))

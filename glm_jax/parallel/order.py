@@ -10,8 +10,7 @@ from pallas_kernels.choose import platform
 def together(tree: Any) -> Any:
     """The same arrays, none of which is used before all are there; nor are their gradients, in the backward pass.
 
-    Around a layer's slice of a stack of weights: else the whole stack is cast to the model's dtype before the first layer, and the copy
-    kept. Around hidden states and the weights that work on them last: else their gradients, whole on every device, wait for the
+    Around hidden states and the weights that work on them last: else the gradients of those, whole on every device, wait for the
     end of the backward pass to be scattered. A CPU computes in the order that is written, and needs no hint.
     """
     return tree if platform() == "cpu" else jax.lax.optimization_barrier(tree)

@@ -74,6 +74,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
         "params": count(model.specs(work.run.model)),
         "args_gib": compiled.argument_bytes / GIB,
         "temp_gib": compiled.temporary_bytes / GIB,
+        "temp_size_gib": compiled.counted_bytes / GIB,
         "hbm_gib": machine.chip.memory / GIB,
         "fits": used <= machine.chip.memory,
         "compile_s": compiled.seconds,

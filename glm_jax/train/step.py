@@ -3,6 +3,7 @@
 The step knows no algorithm: pre-training, SFT and GRPO differ in what stands beside each token of a batch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -53,7 +54,7 @@ def loss_fn(
         experts_BTLA=batch.get("experts"),
     )  # fmt: skip
     head_DV, hidden_BTD = together((params.head_DV, aux.hidden_BTD))
-    head_DV = model.output_matrix(cfg, params.replace(head_DV=head_DV))
+    head_DV = model.output_matrix(cfg, dataclasses.replace(params, head_DV=head_DV))
     metrics = {}
 
     def component(hidden_BTD: Array, name: str) -> Array:
