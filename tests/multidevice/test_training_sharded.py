@@ -1,7 +1,6 @@
 """Training on eight fake devices against one: the same losses, step by step, the same expert counts, and the same weights in
 the end, whatever the mesh; also from a checkpoint of another mesh. In processes of their own."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -55,14 +54,8 @@ def check_balance(bias_rate: float = 1e-2) -> None:
         tie = next((step for step in range(STEPS) if (got[step] != loads[step]).any()), STEPS)
         np.testing.assert_allclose(got_losses[:tie], losses[:tie], rtol=1e-5, err_msg=str(sizes))
         assert tie > 0, sizes
-        if (
-            tie < STEPS
-        ):  # a nudge of the bias, as small as what rounding leaves of a score, makes one device choose so too
-            with jax.set_mesh(make(Mesh(fsdp=1))):
-                now, _, _ = train(start(), tie, bias_rate)
-                nudge_LE = 1e-5 * np.sign(got[tie] - loads[tie]).astype(np.float32)
-                now = dataclasses.replace(now, router_bias_LE=now.router_bias_LE + nudge_LE)
-                np.testing.assert_array_equal(train(now, 1, bias_rate)[2][0], got[tie], err_msg=str((sizes, tie)))
+        if tie < STEPS:  # one token between two experts that rounding tells apart; the bias passes it on
+            assert np.abs(got[tie] - loads[tie]).sum() == 2, (sizes, tie)
 
 
 def check_checkpoints(folder: Path) -> None:
@@ -92,7 +85,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "meshes":
         one = trained(Mesh(fsdp=1))
         assert one[0][0] - one[0][-1] > 0.2, one[0]
-        check_meshes([sizes for devices in (2, 4, 8) for sizes in meshes(devices)], one)
+        every = [sizes for devices in (2, 4, 8) for sizes in meshes(devices)]  # minutes: ALL_MESHES=1 asks for it
+        check_meshes(
+            every if "ALL_MESHES" in os.environ else [Mesh(fsdp=1, context=8), Mesh(data=2, fsdp=1, context=4)], one
+        )
     if sys.argv[1] == "chunks":
         from glm_jax.parallel import expert, homes
 
