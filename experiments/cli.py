@@ -30,6 +30,8 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: fix the command; the
 DEFAULT_RECIPE = "tiny"
 # Options of a script that name a checkpoint folder: without --recipe, the run is the one that made the folder.
 FOLDER_OPTIONS = ("from", "checkpoint")
+# Variables that make a process one of several: where the first one listens, how many there are, this one's number.
+PROCESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 From = Annotated[
     Path | None, tyro.conf.arg(name="from", metavar="DIR")
@@ -42,7 +44,9 @@ def main(script: Callable[..., Any], argv: Sequence[str] | None = None) -> NoRet
 
     def work() -> None:
         configure_jax()
-        script(*parse(script, argv))
+        parsed = parse(script, argv)
+        join_processes()
+        script(*parsed)
 
     leave_after(work)
 
@@ -107,6 +111,38 @@ def configure_jax(cache: Path | None = None) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache or home / "glm_jax" / "compiled"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def join_processes() -> None:
+    """Become one of a run's processes where the environment names several; without one, nothing happens.
+
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so on plain hosts. jax finds
+    out itself under Slurm's srun, on TPU pods that tell their hosts' names, and wherever JAX_COORDINATOR_ADDRESS is auto
+    (TPU machines without Kubernetes, MPI). ConfigError where the three are incomplete or no numbers.
+    """
+    told = {name: os.environ[name] for name in PROCESSES if os.environ.get(name)}
+    auto = told.get(PROCESSES[0]) == "auto"
+    if told and not auto and len(told) < len(PROCESSES):
+        missing = ", ".join(name for name in PROCESSES if name not in told)
+        raise ConfigError(f"{', '.join(told)} is set, but {missing} is not; set all three in every process, or none")
+    if told and not auto:
+        address, *numbers = told.values()
+        if not (all(n.isdigit() for n in numbers) and int(numbers[1]) < int(numbers[0]) and ":" in address):
+            raise ConfigError(
+                f"{', '.join(f'{name}={value}' for name, value in told.items())}: give host:port of the first process, how many "
+                "there are, and the number of this one, from 0"
+            )
+        import jax
+
+        count, index = map(int, numbers)
+        jax.distributed.initialize(address, count, index)
+    elif (
+        auto or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    ):
+        import jax
+
+        os.environ.pop(PROCESSES[0], None)  # jax reads it too
+        jax.distributed.initialize()
 
 
 def peak_rss_gb() -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
-from glm_jax.config import GRPO, Run, Stage, replace
+from glm_jax.config import GRPO, ConfigError, Run, Stage, replace
 
 if TYPE_CHECKING:
     from glm_jax.rl.collect import Collected
@@ -62,6 +62,10 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
 
     if (out / loop.RESULT_FILE).exists():
         return checkpoint.read_json(out / loop.RESULT_FILE)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"RL runs in one process so far, not in {jax.process_count()}; start one for all of its devices"
+        )
     before, name, data = checkpoint.load_run(start)
     run = as_stage(run, settings, before.stage(name).rope_theta)
     loop.check_layout(run, *run.stages)

@@ -7,6 +7,8 @@
 The train step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
 pins, for H200 with its CUDA plug-in. What cannot be laid out, or cannot fit by arithmetic, is refused in seconds.
 All figures are of one device and one step: GiB of 2^30 bytes, bytes that a device receives, floating-point operations.
+Temporaries are what is held at the peak beside the arguments, as in the compiler's own account of its buffers; `temp_size_gib`
+in the plan is jax's memory_analysis().temp_size_in_bytes, which counts more than that where arguments are donated.
 `--table` prints the table of all plans in experiments/results.
 """
 
@@ -34,7 +36,8 @@ class Args:
     topology: str = "v5p:8x8x8"
     """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
     mesh: str = ""
-    """Devices along each axis, e.g. fsdp=64,expert=8; what is left goes to fsdp. By default the recipe's."""
+    """Devices along each axis (data, fsdp, expert, context), e.g. fsdp=64,expert=8; what is left goes to fsdp. By default
+    the recipe's."""
     batch: int = 512
     """Rows of one step, over all devices."""
     seq: int = 4096
@@ -133,7 +136,7 @@ def told(plan: dict[str, Any]) -> str:
         f"{plan['recipe']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
         f"{plan['devices']} devices of {plan['topology']} ({mesh})",
         f"memory      arguments {plan['args_gib']:.2f} + temporaries {plan['temp_gib']:.2f} = {total:.2f} GiB "
-        f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}",
+        f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'} (jax's temp_size: {plan['temp_size_gib']:.2f})",
         f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
         f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
         "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),

@@ -43,7 +43,7 @@ def train(run: Run, stage: Stage, out: Path | None, start: Path | None, data: Pa
     """Make the data if need be, and train `stage` in `out`/<stage name> from the stage before it."""
     from experiments import data as data_script
     from glm_jax.evals.bits_per_byte import evaluator
-    from glm_jax.train import checkpoint, loop
+    from glm_jax.train import checkpoint, loop, processes
 
     before = [s.name for s in run.stages[: run.stages.index(stage)]]
     start_folder = None
@@ -58,9 +58,11 @@ def train(run: Run, stage: Stage, out: Path | None, start: Path | None, data: Pa
         raise ConfigError("--out is missing: give the run's folder, e.g. --out runs/a")
     data = data or out / "data"
     loop.check_layout(run, stage)
-    data_script.make(run, data)
+    processes.in_turn(lambda: data_script.make(run, data))
     folder = out / stage.name
     result = loop.train_stage(run, stage, folder, data, start=start_folder, evaluate=evaluator(data, run, stage))
+    if not processes.writer():
+        return result
     ended = ", ".join(f"{name} {result['start'][name]:.3f} -> {value:.3f}" for name, value in result["end"].items())
     print(f"{folder}: {result['tokens']:,} tokens; held-out bits per byte: {ended}", flush=True)
     return result

@@ -18,20 +18,22 @@ from glm_jax import config
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
 
-AXES = ("data", "fsdp", "expert")
-BATCH = AXES  # rows of tokens are split over every axis
-FSDP, EXPERT = "fsdp", "expert"
-NOT_EXPERT = ("data", FSDP)
+FSDP, CONTEXT, EXPERT = "fsdp", "context", "expert"
+AXES = ("data", FSDP, CONTEXT, EXPERT)
+BATCH = ("data", FSDP, EXPERT)  # rows of tokens are split over these, the tokens of a row over context
+NOT_EXPERT = ("data", FSDP, CONTEXT)
+SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp
+BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
-EXPERTS: Rules = {"E": EXPERT, "D": FSDP}
+EXPERTS: Rules = {"E": EXPERT, "D": SHARDS}
 EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-HEAD: Rules = {"V": (EXPERT, FSDP)}
-HEAD_IN_USE: Rules = {"V": EXPERT}  # the loss works on a share of the vocabulary
-OTHERS: Rules = {"D": (FSDP, EXPERT)}
+VOCABULARY: Rules = {"V": (EXPERT, *SHARDS)}  # of the embedding and the output matrix
+VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
+OTHERS: Rules = {"D": (*SHARDS, EXPERT)}
 OTHERS_IN_USE: Rules = {}
-ACTIVATIONS = {"B": BATCH, "X": BATCH}
+ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT, "S": CONTEXT}  # S of a cache, which no context axis above 1 meets
 
 
 def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -41,11 +43,11 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
     """
     devices = jax.devices() if devices is None else list(devices)
     cfg = fill(cfg, len(devices))
-    sizes = (cfg.data, cfg.fsdp, cfg.expert)
+    sizes = tuple(sizes_of(cfg).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1 and cfg.data % slices == 0:
-        inside = (cfg.data // slices, cfg.fsdp, cfg.expert)
-        placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        inside, over = (cfg.data // slices, *sizes[1:]), (slices, *[1] * len(sizes[1:]))
+        placed = mesh_utils.create_hybrid_device_mesh(inside, over, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
@@ -53,7 +55,7 @@ def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding
 
 def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
     """`cfg` with the -1 replaced by what is left of so many devices; ConfigError if it does not fit them."""
-    sizes = {"data": cfg.data, FSDP: cfg.fsdp, EXPERT: cfg.expert}
+    sizes = sizes_of(cfg)
     known = math.prod(n for n in sizes.values() if n != -1)
     if devices % known or (-1 not in sizes.values() and known != devices):
         raise ConfigError(
@@ -63,22 +65,34 @@ def fill(cfg: config.Mesh, devices: int) -> config.Mesh:
     return config.Mesh(**{axis: n if n != -1 else devices // known for axis, n in sizes.items()})
 
 
+def sizes_of(cfg: config.Mesh) -> dict[str, int]:
+    """Size of each axis, in the mesh's order."""
+    return {axis: getattr(cfg, axis) for axis in AXES}
+
+
 def told(sizes: Mapping[str, int]) -> str:
     """Sizes as they are written in options and messages."""
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int) -> None:
-    """Raise ConfigError where a weight or a microbatch of `rows` cannot be split over `mesh`."""
-    for only_experts in (True, False):  # the likelier mistake first
+def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
+    """Raise ConfigError where a weight or a microbatch of `rows` of `length` tokens cannot be split over `mesh`."""
+    for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
         for name, spec in leaves(specs):
             for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-                if (letter == "E") == only_experts:
+                if {"E": 0, "V": 2}.get(letter, 1) == turn:
                     _check_split(mesh, name, letter, size, axes)
-    if rows % mesh.size:
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    if rows % parts:
         raise ConfigError(
-            f"a microbatch of B={rows} rows cannot be split over {mesh.size} devices (data x fsdp x expert); "
-            f"set microbatch_rows to a multiple of {mesh.size}"
+            f"a microbatch of B={rows} rows cannot be split over {parts} devices (data x fsdp x expert); "
+            f"set microbatch_rows to a multiple of {parts}"
+        )
+    chunks = 2 * mesh.shape[CONTEXT]  # an early and a late one to each device: see `parallel.context`
+    if mesh.shape[CONTEXT] > 1 and length % chunks:
+        raise ConfigError(
+            f"a row of T={length} tokens cannot be split over a context axis of {mesh.shape[CONTEXT]}, in {chunks} equal "
+            f"chunks; use a multiple of {chunks} tokens, or a divisor of {max(1, length // 2)} for mesh.context"
         )
 
 
@@ -95,12 +109,12 @@ def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple
 
 def at_rest(spec: Spec) -> PartitionSpec:
     """Layout of a weight between steps: every device of a slice has its own part."""
-    return _layout(spec, EXPERTS, HEAD, OTHERS)
+    return _layout(spec, EXPERTS, VOCABULARY, OTHERS)
 
 
 def in_use(spec: Spec) -> PartitionSpec:
     """Layout of a weight while its layer computes."""
-    return _layout(spec, EXPERTS_IN_USE, HEAD_IN_USE, OTHERS_IN_USE)
+    return _layout(spec, EXPERTS_IN_USE, VOCABULARY_IN_USE, OTHERS_IN_USE)
 
 
 def everywhere(spec: Spec) -> PartitionSpec:
@@ -116,9 +130,7 @@ def axes_of(layout: Iterable[Any]) -> tuple[str, ...]:
 
 def abstract(cfg: config.Mesh) -> jax.sharding.AbstractMesh:
     """The mesh without devices: enough to check and to trace."""
-    return jax.sharding.AbstractMesh(
-        (cfg.data, cfg.fsdp, cfg.expert), AXES, axis_types=(AxisType.Explicit,) * len(AXES)
-    )
+    return jax.sharding.AbstractMesh(tuple(sizes_of(cfg).values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def activation(dims: str) -> PartitionSpec:
@@ -132,20 +144,29 @@ def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Layout of a stack of microbatches [C, B, T]: rows split over every axis."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+    """Layout of a stack of microbatches [C, B, T]: rows split, and the tokens of each."""
+    return NamedSharding(mesh, PartitionSpec(None, *activation("BT")))
 
 
 def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
-    """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows."""
-    held = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map((rows,))
-    parts = [index[0].indices(rows) for index in held.values() if index]
-    begin, end = min(part[0] for part in parts), max(part[1] for part in parts)
-    return begin // (end - begin), rows // (end - begin)
+    """(index, count): this process's devices hold part `index` of `count` equal parts of a microbatch of `rows` rows.
+
+    A part is a set of rows, neighbours or not; processes whose devices hold other tokens of the same rows share one.
+    """
+    held: dict[int, set[int]] = {}
+    for device, where in NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, set()).add(where[0].indices(rows)[0])
+    parts = sorted({tuple(sorted(part)) for part in held.values()})
+    if len(set(map(len, parts))) > 1 or sum(map(len, parts)) > len(set().union(*parts)):
+        raise ConfigError(
+            f"mesh {told(mesh.shape)}: processes hold some of each other's rows; make mesh.context a multiple or a divisor "
+            f"of the {jax.local_device_count()} devices of a process"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def placed(batch: Any) -> Any:
-    """Host arrays [B, T] on the devices: rows split over every axis of the mesh that is set, or the default device."""
+    """Host arrays [B, T] on the devices of the mesh that is set, rows and tokens split, or on the default device."""
     layout = NamedSharding(jax.sharding.get_mesh(), activation("BT")) if active() else None
     return jax.device_put(batch, layout)
 
@@ -173,23 +194,67 @@ def axis_size(axis: str) -> int:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 
-def in_layer(spec: Spec) -> PartitionSpec | None:
-    """As `in_use`, but experts stay as they lie (None): they are gathered where their tokens are, in `parallel.expert`."""
-    return None if "E" in spec.batch else in_use(spec)
+def gather(params: Any, specs: Any, dtype: Any) -> Any:
+    """The FSDP gather, in sight: a layer's weights from their layout at rest to the one in use, cast to `dtype` on the way.
+    A gradient is scattered as it is summed: no device ever has the whole sum.
 
-
-def gather(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec | None] = in_layer) -> Any:
-    """The FSDP gather, in sight: weights from their layout at rest to the one in use, cast to `dtype` on the way.
-
-    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1).
+    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1). Experts stay as
+    they lie: they are gathered where their tokens are, in `parallel.expert`.
     """
 
     def use(spec: Spec, w: Array) -> Array:
-        w = w if spec.kind in ("norm", "router") else w.astype(dtype)
-        there = layout(spec) if active() else None
-        return w if there is None else jax.sharding.reshard(w, there)
+        w = _cast(w, spec, dtype)
+        return w if not active() or "E" in spec.batch else _gathered(w, in_use(spec))
 
     return jax.tree.map(use, specs, params)
+
+
+def spread(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec]) -> Any:
+    """Weights cast and brought to another layout to be held there, as sampling does; gradients had better use `gather`."""
+
+    def use(spec: Spec, w: Array) -> Array:
+        w = _cast(w, spec, dtype)
+        return jax.sharding.reshard(w, layout(spec)) if active() else w
+
+    return jax.tree.map(use, specs, params)
+
+
+def _cast(w: Array, spec: Spec, dtype: Any) -> Array:
+    """Rounded before it is cast: of a plain cast of a layer's slice TPU's compiler makes one of the whole stack, before the
+    first layer, and keeps it."""
+    if spec.kind in ("norm", "router"):
+        return w
+    if jnp.finfo(dtype).bits < jnp.finfo(w.dtype).bits:
+        w = jax.lax.reduce_precision(w, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+    return w.astype(dtype)
+
+
+def _gathered(w: Array, there: PartitionSpec) -> Array:
+    """`w` in the layout `there`, which splits it over fewer axes than its own.
+
+    Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
+    device until the transposed gather scatters it. One axis at a time, the innermost first, and shards that are no whole tiles
+    along a dimension of their own: of others TPU's compiler makes an all-reduce, for twice the bytes.
+    """
+    here = jax.typeof(w).sharding.spec.partitions
+    steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
+    over = {axis for _, axis in steps}
+    if all(axis_size(axis) == 1 for axis in over):
+        return jax.sharding.reshard(w, there)
+    equal = [axis for axis in AXES if axis not in axes_of(there)]
+
+    def local(w: Array) -> Array:
+        for d, axis in steps:
+            if w.shape[d] % BLOCK == 0:
+                w = jax.lax.all_gather(w, axis, axis=d, tiled=True, to="reduced")
+            else:
+                shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
+                w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+        return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
+
+    return jax.shard_map(
+        local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=frozenset(equal))
+    )(w)
 
 
 def whole(x: Array, batch: Sequence[int]) -> Array:
@@ -227,18 +292,26 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's rows: activations named by `ins` in, those named by `outs` back; the head, "DV", with its
-    share of the vocabulary. Kernels run inside."""
+    """`fn` on each device's tokens: activations named by `ins` in, those named by `outs` back; the output matrix, "DV", and the
+    embedding, "VD", with their share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
-    layouts = tuple(PartitionSpec(None, EXPERT) if dims == "DV" else activation(dims) for dims in ins)
-    return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))
+
+    def layout(dims: str, x: Array) -> PartitionSpec:
+        share = {"DV": (None, EXPERT), "VD": (EXPERT,)}.get(dims)
+        return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
+
+    def run(*arrays: Array) -> Any:
+        layouts = tuple(map(layout, ins, arrays))
+        return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))(*arrays)
+
+    return run
 
 
-def vary(head_DV: Array) -> Array:
-    """Inside `per_shard`: the head, which differs along the expert axis alone, so that its gradient is summed over the
-    other devices."""
-    return jax.lax.pcast(head_DV, NOT_EXPERT, to="varying") if active() else head_DV
+def vary(share: Array) -> Array:
+    """Inside `per_shard`: the head or the embedding, which differ along the expert axis alone, so that their gradient is
+    summed over the other devices."""
+    return jax.lax.pcast(share, NOT_EXPERT, to="varying") if active() else share
 
 
 def total(x: Array) -> Array:
@@ -247,22 +320,45 @@ def total(x: Array) -> Array:
 
 
 def gathered(x: Array) -> Array:
-    """Inside `per_shard`: the rows of all devices along the expert axis."""
-    return jax.lax.all_gather(x, EXPERT, tiled=True) if axis_size(EXPERT) > 1 else x
+    """Inside `per_shard`: the rows of all devices along the expert axis, a block of each device's in turn."""
+    if axis_size(EXPERT) == 1:
+        return x
+    return jax.lax.all_gather(_blocks(x, 1), EXPERT, axis=1, tiled=True).reshape(-1, *x.shape[1:])
+
+
+def scattered(x: Array) -> Array:
+    """Inside `per_shard`: of rows that `gathered` brought together, this device's, summed along the expert axis."""
+    if axis_size(EXPERT) == 1:
+        return x
+    blocks = _blocks(x, axis_size(EXPERT))
+    return jax.lax.psum_scatter(blocks, EXPERT, scatter_dimension=1, tiled=True).reshape(-1, *x.shape[1:])
+
+
+def row(z: Array) -> Array:
+    """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
+    return jax.lax.all_gather(z, CONTEXT, axis=1, tiled=True) if axis_size(CONTEXT) > 1 else z
 
 
 def own(x: Array) -> Array:
     """Inside `per_shard`: what `gathered` had from this device."""
-    size = axis_size(EXPERT)
-    if size == 1:
+    if axis_size(EXPERT) == 1:
         return x
-    rows = x.shape[0] // size
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(EXPERT) * rows, rows)
+    blocks = _blocks(x, axis_size(EXPERT))
+    rows = blocks.shape[1] // axis_size(EXPERT)
+    mine = jax.lax.dynamic_slice_in_dim(blocks, jax.lax.axis_index(EXPERT) * rows, rows, axis=1)
+    return mine.reshape(-1, *x.shape[1:])
 
 
-def _layout(spec: Spec, experts: Rules, head: Rules, others: Rules) -> PartitionSpec:
+def _blocks(x: Array, devices: int) -> Array:
+    """[blocks, rows of a block from so many devices, ...]. Scattered along an inner dimension, a sum travels as it is; along
+    the outermost, TPU's compiler pads it and sends a part of it twice."""
+    rows = x.shape[0] // devices
+    return x.reshape(rows // BLOCK if rows % BLOCK == 0 else 1, -1, *x.shape[1:])
+
+
+def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:
     split = set(spec.dims) - set(spec.replicate)
-    rules = experts if "E" in split else head if spec.kind == "head" else others
+    rules = experts if "E" in split else vocabulary if "V" in split else others
     return PartitionSpec(*(rules.get(letter) if letter in split else None for letter in spec.dims))
 
 

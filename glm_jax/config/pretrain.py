@@ -262,9 +262,10 @@ class Mesh:
     data: int = 1
     fsdp: int = -1
     expert: int = 1
+    context: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a row of tokens
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.expert)
+        sizes = (self.data, self.fsdp, self.expert, self.context)
         require(
             all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh {sizes}: sizes are positive, at most one is -1",

@@ -157,7 +157,7 @@ def _fill(row: dict[str, np.ndarray], pieces: Sequence[tuple[int, np.ndarray, in
 
 @partial(jax.jit, static_argnames="cfg")
 def negative_log_likelihood(cfg: Model, params: model.GLM, router_bias_LE: Array, batch: dict[str, Array]) -> Array:
-    """Negative log-likelihood in nats of every target, float32 [B, T]."""
+    """Negative log-likelihood in nats of every target, float32 [B, T], whole on every device: each process reads it."""
     aux = model.hidden(
         cfg, params, router_bias_LE, batch["ids"], positions_BT=batch["positions"], segments_BT=batch["segments"],
         prefixes_BT=batch.get("prefixes"),
@@ -165,4 +165,4 @@ def negative_log_likelihood(cfg: Model, params: model.GLM, router_bias_LE: Array
     _, log_prob_BT = losses.next_token(
         aux.hidden_BTD, model.output_matrix(cfg, params), batch["targets"], batch["weights"], cfg.implementation
     )
-    return -log_prob_BT
+    return mesh.whole(-log_prob_BT, ())

@@ -76,6 +76,8 @@ def attention(
         shared = (cache.shared.k_LKSH[layer], cache.shared.v_LKSH[layer])
 
     def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes, *shared_KSH):
+        if cache is None:  # this device's queries meet the keys of their whole row
+            k, v, k_positions, k_segments = (mesh.row(z) for z in (k, v, k_positions, k_segments))
         return attention_kernel(
             q, k, v,
             q_positions_BT=q_positions, k_positions_BS=k_positions,
@@ -84,7 +86,8 @@ def attention(
             scale=cfg.H**-0.5, implementation=cfg.implementation,
         )  # fmt: skip
 
-    layouts = ("BTNH", "BSKH", "BSKH", "BT", "BS", "BT", "BS", "BT", *["KSH"] * len(shared))
+    keys = ("BTKH", "BT") if cache is None else ("BSKH", "BS")
+    layouts = ("BTNH", keys[0], keys[0], "BT", keys[1], "BT", keys[1], "BT", *["KSH"] * len(shared))
     attend = mesh.per_shard(attend, layouts, "BTNH")
     where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS, at.prefixes_BT)
     y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where, *shared)

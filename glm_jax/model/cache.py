@@ -8,7 +8,7 @@ from flax import struct
 from jax import Array
 
 from glm_jax import mesh
-from glm_jax.config import Model
+from glm_jax.config import ConfigError, Model
 
 
 @struct.dataclass
@@ -47,8 +47,14 @@ class Cache:
 def empty(cfg: Model, rows: int, capacity: int, stacked: bool = True, begun: Cache | None = None) -> Cache:
     """A cache for `rows` rows of up to `capacity` tokens, in the model's dtype; `stacked` as the parameters are.
 
-    With `begun`, a full cache of one row (unstacked), every row begins with that row's tokens.
+    With `begun`, a full cache of one row (unstacked), every row begins with that row's tokens. ConfigError on a mesh that
+    splits rows of tokens: they are sampled one at a time.
     """
+    if mesh.axis_size(mesh.CONTEXT) > 1:
+        raise ConfigError(
+            f"mesh.context={mesh.axis_size(mesh.CONTEXT)} splits rows of tokens, and sampling reads them one by one; give its "
+            "devices to mesh.fsdp"
+        )
 
     def zeros(dims: str, *shape: int, dtype: Any = jnp.int32) -> Array:
         return mesh.constrain(jnp.zeros(shape, dtype), dims)

@@ -19,7 +19,9 @@ from glm_jax.model.attention import Places, places
 from glm_jax.model.blocks import DenseBlock, MoEBlock, block
 from glm_jax.model.moe import ROUTER_BIAS, Routing
 from glm_jax.model.mtp import MTP, mtp
-from glm_jax.model.ops import embed, rms_norm
+from glm_jax.model.ops import rms_norm
+from glm_jax.parallel.order import together
+from glm_jax.parallel.vocabulary import embed
 from glm_jax.spec import norm, part, weight
 
 LAYER = "model.layers.{L}."  # published checkpoints number all layers in one row, the MTP layer last
@@ -142,7 +144,8 @@ def hidden(  # noqa: PLR0913 (as forward)
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
     if next_ids_BT is not None and params.mtp is not None:
         run = partial(jax.checkpoint, static_argnums=0)(mtp) if cfg.remat == "layer" else mtp
-        mtp_hidden_BTD, last = run(cfg, params.mtp, router_bias_LE[-1], hidden_BTD, embed(table_VD, next_ids_BT), at)
+        mtp_params, before_BTD = together((params.mtp, hidden_BTD))
+        mtp_hidden_BTD, last = run(cfg, mtp_params, router_bias_LE[-1], before_BTD, embed(table_VD, next_ids_BT), at)
         routings.append(jax.tree.map(lambda z: z[None], last))
     load_LE, balance_L = (
         jnp.concatenate([getattr(r, name) for r in routings]) if routings else jnp.zeros((0, *tail))
@@ -155,7 +158,7 @@ def hidden(  # noqa: PLR0913 (as forward)
 
 def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
     """Logits, float32: the output matrix is shared by the main model and the MTP layer."""
-    head_DV = mesh.gather(params.head_DV, specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
+    head_DV = mesh.spread(params.head_DV, specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
     return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
 

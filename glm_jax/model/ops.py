@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from glm_jax import mesh
-
 
 def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
     """RMSNorm over the last dimension: computed in float32, cast back to x's dtype, then scaled (spec 1.3)."""
@@ -30,8 +28,3 @@ def rope(z_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
 
 def swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
-
-
-def embed(table_VD: Array, ids_BT: Array) -> Array:
-    """Rows of the table. The table is gathered first, so that the look-up is local to each device."""
-    return table_VD.at[ids_BT].get(out_sharding=mesh.out_sharding("BTD"))

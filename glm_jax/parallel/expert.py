@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import expert_mlp
 
 ROUTED_ROWS = {
     "cpu": 2**24,
-    "tpu": 2**16,
+    "tpu": 2**15,
     "gpu": 2**16,
 }  # of a chunk, in the worst case; on a CPU they are never stored
 
@@ -65,12 +65,14 @@ def _local(
 
 
 def _whole(w: Array, layout: P) -> Array:
-    """This device's experts with their fsdp shards gathered; the gradient is scattered as it is summed."""
-    split = [d for d, axes in enumerate(layout) if mesh.FSDP in mesh.axes_of((axes,))]
-    for d in split:
-        w = jax.lax.all_gather(w, mesh.FSDP, axis=d, tiled=True)
-    missing = [axis for axis in mesh.NOT_EXPERT if not (split and axis == mesh.FSDP)]
-    return jax.lax.pcast(w, tuple(missing), to="varying")
+    """This device's experts with their shards gathered; the gradient is scattered as it is summed."""
+    missing = set(mesh.NOT_EXPERT)
+    for d in range(w.ndim):
+        axes = [axis for axis in mesh.axes_of(layout[d : d + 1]) if axis in mesh.SHARDS]
+        for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
+            w = jax.lax.all_gather(w, axis, axis=d, tiled=True) if mesh.axis_size(axis) > 1 else w
+        missing -= set(axes)
+    return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
 
 
 def _chunks(rows: int, length: int, choices: int) -> int:
@@ -86,7 +88,7 @@ def _chunk(implementation: str | None, layer: tuple[Array, ...], tokens: tuple[A
     if not mesh.active():
         x_XD, experts_XA, weights_XA = tokens
         return mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    x_XD, experts_XA, weights_XA = (jax.lax.all_gather(z, mesh.EXPERT, tiled=True) for z in tokens)
+    x_XD, experts_XA, weights_XA = map(mesh.gathered, tokens)
     here_XA = experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(gate_EDM)  # others' fall outside 0..E-1
     y_XD = mlp(x_XD, gate_EDM, up_EDM, down_EMD, here_XA, weights_XA)
-    return jax.lax.psum_scatter(y_XD, mesh.EXPERT, tiled=True)
+    return mesh.scattered(y_XD)

@@ -1,12 +1,12 @@
 """Muon's homes: every matrix is whole on one device while it is orthogonalised, and each device is home to as many.
 
 A weight's shards are a list of matrices, each with some of its rows here. One all-to-all brings a share of the list whole to
-each device, another takes the results back. All weights whose matrices have one shape share a list, so that few devices
-idle where a stack has fewer matrices than there are homes, and a program is compiled once for each shape.
+each device, another takes the results back. All weights whose matrices have one shape share a list; where a list leaves homes
+idle, smaller matrices move in, padded with zeros, which Newton-Schulz keeps: a program is compiled once for each list.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -60,7 +60,7 @@ def each_matrix(fn: Callable[[Array], Array], stacks: Sequence[Stack], arrays: S
     `fn` of a matrix transposed must be its result transposed. A head's matrix is left to `over_columns`.
     """
     done: dict[int, Array] = {}
-    for members in _lists(stacks, arrays):
+    for members in share([_kind(i, *one) for i, one in enumerate(zip(stacks, arrays, strict=True))]):
         some = [stacks[i] for i in members]
         if some[0].split is None:
             results = [_here(fn, some[0], arrays[members[0]])]
@@ -80,17 +80,39 @@ def over_columns(fn: Callable[[Array, Callable[[Array], Array]], Array], stack: 
     return jax.shard_map(lambda x: fn(x, lambda z: jax.lax.psum(z, stack.axes)), in_specs=layout, out_specs=layout)(x)
 
 
-def _lists(stacks: Sequence[Stack], arrays: Sequence[Array]) -> list[list[int]]:
-    """Which arrays share a list of homes."""
-    lists: dict[tuple, list[int]] = {}
-    for i, (stack, x) in enumerate(zip(stacks, arrays, strict=True)):
-        key: tuple = (i,)
-        if stack.split is not None:
-            spread = mesh.axes_of(tuple(mesh.at_rest(stack.spec)[d] for d in stack.batch))
-            entries = math.prod(x.shape[d] for d in (*stack.rows, *stack.columns))
-            key = (stack.axes, spread, x.shape[stack.split], entries)
-        lists.setdefault(key, []).append(i)
-    return list(lists.values())
+@dataclass(frozen=True)
+class Kind:
+    """A weight's matrices as lists see them: which may share one, over how many homes, how many, and how large."""
+
+    group: Hashable
+    homes: int
+    number: int
+    entries: int
+
+
+def share(kinds: Sequence[Kind]) -> list[list[int]]:
+    """Which kinds share a list: those of one size, and smaller ones for which there are idle homes."""
+    lists: list[list[int]] = []
+    for i in sorted(range(len(kinds)), key=lambda i: (-kinds[i].entries, i)):
+        for members in lists:
+            first, number = kinds[members[0]], sum(kinds[j].number for j in members)
+            if first.group == kinds[i].group and (
+                first.entries == kinds[i].entries or kinds[i].number <= -number % first.homes
+            ):
+                members.append(i)
+                break
+        else:
+            lists.append([i])
+    return lists
+
+
+def _kind(i: int, stack: Stack, x: Array) -> Kind:
+    if stack.split is None:
+        return Kind(i, 1, 1, x.size)
+    spread = mesh.axes_of(tuple(mesh.at_rest(stack.spec)[d] for d in stack.batch))
+    homes, copies = (math.prod(map(mesh.axis_size, axes)) for axes in (stack.axes, spread))
+    number = math.prod(x.shape[d] for d in stack.batch)
+    return Kind((stack.axes, spread, x.shape[stack.split]), homes, number // copies, x.size // number)
 
 
 def _here(fn: Callable[[Array], Array], stack: Stack, x: Array) -> Array:
@@ -104,7 +126,8 @@ def _here(fn: Callable[[Array], Array], stack: Stack, x: Array) -> Array:
 
 def _at_home(fn: Callable[[Array], Array], stacks: list[Stack], shards: Sequence[Array]) -> tuple[Array, ...]:
     lists = [_as_list(stack, x) for stack, x in zip(stacks, shards, strict=True)]
-    joined = jnp.concatenate(lists) if len(lists) > 1 else lists[0]
+    width = max(one.shape[2] for one in lists)
+    joined = jnp.concatenate([jnp.pad(one, ((0, 0), (0, 0), (0, width - one.shape[2]))) for one in lists])
     homes = math.prod(map(mesh.axis_size, stacks[0].axes))
     each = -(-len(joined) // homes)
     bytes_each = joined[0].nbytes * homes
@@ -115,14 +138,15 @@ def _at_home(fn: Callable[[Array], Array], stacks: list[Stack], shards: Sequence
         whole_BPQ = jax.lax.all_to_all(shard_BPQ, stacks[0].axes, split_axis=0, concat_axis=1, tiled=True)
         return jax.lax.all_to_all(fn(whole_BPQ), stacks[0].axes, split_axis=1, concat_axis=0, tiled=True)
 
-    padded = jnp.pad(joined, ((0, room - len(joined)), (0, 0), (0, 0)))
+    # XLA for CPUs cannot exchange pieces of different layouts: without the barrier it looks through the concatenation
+    padded = jax.lax.optimization_barrier(jnp.pad(joined, ((0, room - len(joined)), (0, 0), (0, 0))))
     if chunks == 1:
         back = chunk(padded)
     else:
         back = jax.lax.map(chunk, padded.reshape(chunks, -1, *joined.shape[1:])).reshape(padded.shape)
     results, start = [], 0
     for stack, x, one in zip(stacks, shards, lists, strict=True):
-        results.append(_from_list(stack, x.shape, back[start : start + len(one)]))
+        results.append(_from_list(stack, x.shape, back[start : start + len(one), :, : one.shape[2]]))
         start += len(one)
     return tuple(results)
 

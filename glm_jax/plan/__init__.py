@@ -37,7 +37,7 @@ def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int) -> Wo
     if length > run.model.max_positions:
         raise ConfigError(f"seq={length} exceeds max_positions={run.model.max_positions}; use at most that")
     work = analytic.work(run, sizes, rows, length)
-    mesh.check(mesh.abstract(sizes), model.specs(run.model), rows)
+    mesh.check(mesh.abstract(sizes), model.specs(run.model), rows, length)
     needed = analytic.memory(work)
     if sum(needed.values()) > machine.chip.memory:
         raise ConfigError(_does_not_fit(work, machine, needed))
@@ -48,7 +48,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
     """Compile the step and read what it needs. Keys: see `experiments.plan`."""
     from glm_jax.plan.program import compile_step
 
-    sizes = Sizes(*work.axes.values())
+    sizes = Sizes(**work.axes)
     compiled = compile_step(work.run, machine, sizes, work.rows, work.length, tell)
     tell("reading what was compiled")
     program = Program(compiled.text)
@@ -74,6 +74,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
         "params": count(model.specs(work.run.model)),
         "args_gib": compiled.argument_bytes / GIB,
         "temp_gib": compiled.temporary_bytes / GIB,
+        "temp_size_gib": compiled.counted_bytes / GIB,
         "hbm_gib": machine.chip.memory / GIB,
         "fits": used <= machine.chip.memory,
         "compile_s": compiled.seconds,
@@ -120,7 +121,7 @@ def _place(device: int, sizes: list[int]) -> tuple[int, ...]:
 def _hint(work: Work, dims: tuple[int, ...]) -> str:
     """What an array of these dimensions is, and what makes it smaller."""
     cfg = work.run.model
-    row = (work.length, cfg.D)
+    row = (work.length // work.axes[mesh.CONTEXT], cfg.D)
     if dims[-2:] == row and len(dims) == 4 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return "residuals: what each layer keeps for its backward pass"
     if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
@@ -148,10 +149,11 @@ def _smallest(work: Work, machine: Target) -> str:
     """The smallest topology of the same chip on which the same batch would fit, by arithmetic."""
     for name in names(machine.kind):
         other = target(name)
-        fsdp = other.count // work.axes[mesh.EXPERT]
-        if other.count <= machine.count or work.rows % other.count or work.run.model.D % max(1, fsdp):
+        expert, context = work.axes[mesh.EXPERT], work.axes[mesh.CONTEXT]
+        fsdp, left = divmod(other.count, expert * context)
+        if other.count <= machine.count or left or work.rows % (fsdp * expert) or work.run.model.D % other.count:
             continue
-        sizes = Sizes(1, fsdp, work.axes[mesh.EXPERT])
+        sizes = Sizes(fsdp=fsdp, expert=expert, context=context)
         smaller = analytic.work(work.run, sizes, work.rows, work.length)
         if sum(analytic.memory(smaller).values()) <= machine.chip.memory:
             return f"The smallest that fits by arithmetic: {name} with {mesh.told(smaller.axes)}"

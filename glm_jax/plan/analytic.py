@@ -14,6 +14,7 @@ from glm_jax.config import Mesh as Sizes
 from glm_jax.config import Optim, Run
 from glm_jax.model import counts
 from glm_jax.optim import owner
+from glm_jax.parallel.homes import Kind, share
 from glm_jax.spec import Spec, leaves
 
 BF16, FLOAT32 = 2, 4
@@ -48,7 +49,7 @@ class Work:
 
 
 def work(run: Run, sizes: Sizes, rows: int, length: int) -> Work:
-    return Work(run, dict(zip(mesh.AXES, (sizes.data, sizes.fsdp, sizes.expert), strict=True)), rows, length)
+    return Work(run, mesh.sizes_of(sizes), rows, length)
 
 
 def memory(now: Work) -> dict[str, float]:
@@ -126,14 +127,26 @@ def _transfers(now: Work) -> Iterator[Transfer]:
         passes = 2 if in_a_layer and cfg.remat != "none" else 1
         width = FLOAT32 if spec.kind in ("router", "norm") else wide
         size = width * spec.count / now.shards(in_use)
-        if gathered:
-            yield gathered, "all-gather", passes * size
-            yield gathered, "reduce-scatter", size
+        for i, axis in enumerate(gathered):  # one at a time, the last one first
+            part = size / now.shards((gathered[:i],))
+            yield (axis,), "all-gather", passes * part
+            yield (axis,), "reduce-scatter", part
         left = tuple(axis for axis in mesh.AXES if axis not in at_rest)  # axes on which it is held more than once
         yield left, "all-reduce", 2 * width * spec.count / now.shards(at_rest)
+    yield from _keys_to_queries(now)
     yield from _tokens_to_experts(now)
-    yield from _tokens_to_head(now)
+    yield from _tokens_to_vocabulary(now)
     yield from _matrices_to_homes(now.run.optim, specs, now)
+
+
+def _keys_to_queries(now: Work) -> Iterator[Transfer]:
+    """Of every layer: keys and values of a whole row gathered along context with their positions and segments (and once
+    more for the backward pass), their gradients scattered."""
+    cfg = now.run.model
+    tokens = now.tokens * now.axes[mesh.CONTEXT] * now.layers
+    keys, where = tokens * 2 * cfg.K * cfg.H * _itemsize(now), tokens * 2 * FLOAT32
+    yield (mesh.CONTEXT,), "all-gather", (2 if cfg.remat != "none" else 1) * (keys + where)
+    yield (mesh.CONTEXT,), "reduce-scatter", keys
 
 
 def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
@@ -147,25 +160,36 @@ def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
     yield (mesh.EXPERT,), "reduce-scatter", 2 * x + weights
 
 
-def _tokens_to_head(now: Work) -> Iterator[Transfer]:
-    """The head stays split by vocabulary over the expert axis: its tokens are gathered there, and their gradients summed."""
+def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:
+    """Embedding and head stay split by vocabulary over the expert axis: ids and hidden states are gathered there, rows and
+    gradients summed where their tokens are."""
     cfg = now.run.model
-    x = now.tokens * now.axes[mesh.EXPERT] * cfg.D * _itemsize(now) * (1 + cfg.mtp_layers)
-    yield (mesh.EXPERT,), "all-gather", x
-    yield (mesh.EXPERT,), "reduce-scatter", x
+    everybodys = now.tokens * now.axes[mesh.EXPERT] * (1 + cfg.mtp_layers)
+    x = everybodys * cfg.D * _itemsize(now)
+    yield (mesh.EXPERT,), "all-gather", 2 * x + everybodys * FLOAT32  # hidden states, the rows' gradients; ids
+    yield (mesh.EXPERT,), "reduce-scatter", 2 * x
 
 
 def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer]:
-    """Muon: every matrix to its home and back; of the head, X X^T summed over the shards at every step."""
+    """Muon: every matrix to its home and back, equally many of one size to each home; of the head, X X^T summed over the
+    shards at every step."""
+    itemsize = BF16 if optim.ns_dtype == "bfloat16" else FLOAT32
+    kinds = []
     for _, spec in leaves(specs):
         if owner(optim, spec) != "muon":
             continue
-        axes, itemsize = mesh.axes_of(mesh.at_rest(spec)), BF16 if optim.ns_dtype == "bfloat16" else FLOAT32
+        axes = mesh.axes_of(mesh.at_rest(spec))
         split = tuple(axis for axis in axes if not ("E" in spec.batch and axis == mesh.EXPERT))
         if spec.kind == "head":
             yield split, "all-reduce", 2 * (optim.ns_steps + optim.ns_polish) * FLOAT32 * spec.shape[0] ** 2
         else:
-            yield split, "all-to-all", 2 * itemsize * spec.count / now.shards(axes)
+            number, short, long = matrices(spec)
+            copies = now.shards(mesh.at_rest(spec)) // now.shards((split,))
+            group = split, spec.shape[spec.dims.index("D")]
+            kinds.append(Kind(group, now.shards((split,)), number // copies, short * long))
+    for members in share(kinds):
+        first, number = kinds[members[0]], sum(kinds[i].number for i in members)
+        yield first.group[0], "all-to-all", 2 * itemsize * -(-number // first.homes) * first.entries
 
 
 def _itemsize(now: Work) -> int:

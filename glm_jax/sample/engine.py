@@ -216,8 +216,8 @@ class Session:
 
 @partial(jax.jit, static_argnames=("cfg",))
 def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
-    used = model.unstack(mesh.gather(params, model.specs(cfg), cfg.dtype, mesh.in_use))
-    head_DV = mesh.gather(used.head_DV, model.specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
+    used = model.unstack(mesh.spread(params, model.specs(cfg), cfg.dtype, mesh.in_use))
+    head_DV = mesh.spread(used.head_DV, model.specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
     return dataclasses.replace(used, head_DV=head_DV, mtp=None)
 
 

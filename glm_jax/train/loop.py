@@ -15,7 +15,7 @@ from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, Run, Stage
 from glm_jax.data.input import Microbatches
 from glm_jax.optim import Step, optimizer, steps
-from glm_jax.train import checkpoint, metrics, state
+from glm_jax.train import checkpoint, metrics, processes, state
 from glm_jax.train.step import Knobs, stacked, train_step
 
 Evaluate = Callable[[config.Model, model.GLM, jax.Array], dict[str, float]]
@@ -50,7 +50,8 @@ def train_stage(
     check_layout(run, stage)
     tx = optimizer(run.optim, specs)
     with checkpoint.sole_writer(out), jax.set_mesh(device_mesh):
-        checkpoint.save_run(out, run, stage.name, data, start or weights)
+        if processes.writer():
+            checkpoint.save_run(out, run, stage.name, data, start or weights)
         share = mesh.process_share(device_mesh, stage.microbatch_rows)
         batches = Microbatches(data, stage, run.loop.seed, share, run.loop.read_workers)
         trainer = _Trainer(run, stage, cfg, tx, out, batches, measure)
@@ -65,7 +66,7 @@ def check_layout(run: Run, *stages: Stage) -> None:
     """Raise ConfigError where one of `stages` cannot be laid out over the devices there are, before anything is done."""
     here = mesh.make(run.mesh)
     for stage in stages:
-        mesh.check(here, model.specs(run.model), stage.microbatch_rows)
+        mesh.check(here, model.specs(run.model), stage.microbatch_rows, stage.seq_len)
 
 
 class _Trainer:
@@ -116,7 +117,8 @@ class _Trainer:
 
     def train(self, evaluate: Evaluate | None) -> dict[str, Any]:
         resumed = self.checkpoints.latest()
-        self.log = metrics.Log(self.out, -1 if resumed is None else self.step, self.stage.tokens, self.stage.name)
+        step, writes = -1 if resumed is None else self.step, processes.writer()
+        self.log = metrics.Log(self.out, step, self.stage.tokens, self.stage.name, writes=writes)
         begun = time.monotonic() - self.seconds
         if resumed is None:
             self.log.event("run", self.step, **describe(self.run, self.stage))
@@ -180,13 +182,18 @@ class _Trainer:
     def _evaluate(self, evaluate: Evaluate | None, when: str) -> None:
         assert self.log is not None
         done = [r["when"] for r in metrics.read(self.log.path, "eval")]
-        if evaluate is None or (when in done and when != "during"):
+        if evaluate is None or processes.agreed(when in done and when != "during"):
             return
         values = evaluate(self.cfg, self.state.params, self.state.router_bias_LE)
         self.log.event("eval", self.step, when=when, **{self.measure: values})
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         self.checkpoints.wait()
+        return processes.in_turn(lambda: self._result(seconds))
+
+    def _result(self, seconds: float) -> dict[str, Any]:
+        if not processes.writer():
+            return checkpoint.read_json(self.out / RESULT_FILE)
         evals = {r["when"]: r[self.measure] for r in metrics.read(self.out / "log.jsonl", "eval")}
         tokens = self.plan.microbatches * self.stage.microbatch_tokens
         result = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,8 @@ FULL_LOAD_LIMIT = 4096  # counts; above it a record keeps each layer's max/mean 
 
 class Log:
     """Appends to `folder/log.jsonl` and TensorBoard. Opened at step s, it first drops records of later steps, which a
-    killed run wrote after its last checkpoint: no step appears twice."""
+    killed run wrote after its last checkpoint: no step appears twice. Of several processes one `writes`, the others say
+    nothing."""
 
     def __init__(
         self,
@@ -27,16 +29,19 @@ class Log:
         name: str,
         unit: str = "tok",
         shown: tuple[str, ...] = ("loss", "lr"),
+        writes: bool = True,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "log.jsonl"
-        keep = [record for record in read(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
-        temporary.replace(self.path)
-        self._file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        on_terminal = sys.stderr.isatty()
+        self.path, self._writes = folder / "log.jsonl", writes
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            keep = [record for record in read(self.path) if record["step"] <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in keep))
+            temporary.replace(self.path)
+        self._file = open(self.path if writes else os.devnull, "a")  # noqa: SIM115 (closed in `close`)
+        purge = step + 1 if step else None
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, write_to_disk=writes)
+        on_terminal = writes and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=not on_terminal, smoothing=0.05)
         self._plain, self._name, self._total, self._unit, self._shown = not on_terminal, name, total, unit, shown
         self._first: tuple[int, float] | None = None  # (done, when) of this process's first step, which compiles
@@ -76,7 +81,7 @@ class Log:
         if not self._plain:
             self._bar.n = done
             self._bar.set_postfix(values)
-        elif now - self._printed > PLAIN_LINE_SECONDS or done >= self._total:
+        elif self._writes and (now - self._printed > PLAIN_LINE_SECONDS or done >= self._total):
             rate = (done - self._first[0]) / max(now - self._first[1], 1e-9)
             told = "  ".join(f"{name} {value}" for name, value in values.items())
             line = f"{self._name}: {100 * done / self._total:3.0f} %  step {record['step']}  {told}"

@@ -3,6 +3,7 @@
 The step knows no algorithm: pre-training, SFT and GRPO differ in what stands beside each token of a batch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from jax import Array
 
 from glm_jax import config, losses, mesh, model
 from glm_jax.optim.balance import balance
+from glm_jax.parallel.context import zigzag
+from glm_jax.parallel.order import together
 from glm_jax.train.state import State
 
 Batch = dict[str, Array]  # a microbatch (see glm_jax.data.input), or a stack of them with C in front
@@ -50,7 +53,8 @@ def loss_fn(
         prefixes_BT=batch.get("prefixes"), next_ids_BT=batch["targets"] if "mtp_targets" in batch else None,
         experts_BTLA=batch.get("experts"),
     )  # fmt: skip
-    head_DV = model.output_matrix(cfg, params)
+    head_DV, hidden_BTD = together((params.head_DV, aux.hidden_BTD))
+    head_DV = model.output_matrix(cfg, dataclasses.replace(params, head_DV=head_DV))
     metrics = {}
 
     def component(hidden_BTD: Array, name: str) -> Array:
@@ -66,7 +70,7 @@ def loss_fn(
             metrics.update(mismatch(log_prob_BT, old_BT, weights_BT != 0, policy.clip))
         return total / jnp.maximum(totals[f"{name}weights"], 1e-9)
 
-    main = component(aux.hidden_BTD, "")
+    main = component(hidden_BTD, "")
     mtp = component(aux.mtp_hidden_BTD, "mtp_") if aux.mtp_hidden_BTD is not None else jnp.zeros(())
     sequence_balance = jnp.sum(aux.balance_L) / totals["microbatches"]
     loss = main + mtp_weight * mtp + totals["sequence_balance"] * sequence_balance
@@ -132,7 +136,8 @@ def train_step(
 
 
 def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int, rows: int | None = None) -> Batch:
-    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape.
+    """Microbatches as `train_step` takes them, padded with empty ones to `room` of them: one compiled shape. The tokens of
+    each row are put in the order of `parallel.context`.
 
     With `rows`, each process gives its share of microbatches of so many rows (`mesh.process_share`); else all of them.
     """
@@ -140,7 +145,7 @@ def stacked(microbatches: Sequence[dict[str, np.ndarray]], room: int, rows: int 
     padded = [*microbatches, *[empty] * (room - len(microbatches))]
     place = mesh.batch_sharding(jax.sharding.get_mesh())
     whole = {name: (room, rows or z.shape[0], *z.shape[1:]) for name, z in empty.items()}
-    here = {name: np.stack([one[name] for one in padded]) for name in empty}
+    here = zigzag({name: np.stack([one[name] for one in padded]) for name in empty}, dim=2)
     return {name: jax.make_array_from_process_local_data(place, here[name], whole[name]) for name in empty}
 
 

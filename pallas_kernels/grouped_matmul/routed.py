@@ -82,9 +82,9 @@ def expert_mlp_grad(
     ddown_EMD = products.tgmm((silu_RM * up_RM * weight_R1).astype(dtype), dy_RD, rows.size_E)
     dgate_RM = dactive_RM * weight_R1 * up_RM * (sigmoid_RM + silu_RM * (1 - sigmoid_RM))
     dgate_RM, dup_RM = (z.astype(dtype) for z in (dgate_RM, dactive_RM * weight_R1 * silu_RM))
-    dx_RD = products.gmm_t(dgate_RM, gate_EDM, rows.size_E).astype(F32)
-    dx_RD += products.gmm_t(dup_RM, up_EDM, rows.size_E)
-    dx_XD = _sum_of_choices(dx_RD, rows.position_XA, jnp.ones_like(rows.weight_XA))
+    # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
+    dx_RD = (products.gmm_t(dz_RM, w, rows.size_E) for dz_RM, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
+    dx_XD = reduce(jnp.add, (_sum_of_choices(z_RD, rows.position_XA, jnp.ones_like(rows.weight_XA)) for z_RD in dx_RD))
     dgate_EDM, dup_EDM = (products.tgmm(x_RD, dz_RM, rows.size_E) for dz_RM in (dgate_RM, dup_RM))
     return dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweight_R[rows.position_XA]
 

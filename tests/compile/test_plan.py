@@ -9,7 +9,7 @@ import pytest
 from pallas_kernels import analysis
 
 SMALL = {
-    "dense_layers": 1, "L": 2, "D": 256, "F": 256, "M": 128, "E": 4, "A": 2, "V": 1024, "N": 2, "K": 1, "mtp_layers": 0,
+    "dense_layers": 2, "L": 4, "D": 256, "F": 256, "M": 128, "E": 4, "A": 2, "V": 1024, "N": 2, "K": 1, "mtp_layers": 0,
 }  # fmt: skip
 
 
@@ -42,6 +42,9 @@ def test_a_small_step_on_four_chips(tmp_path):
     assert 0 < plan["peak_rss_gb"] < 6
     assert plan["flops"] == pytest.approx(plan["flops_analytic"], rel=0.15)  # so few matrices leave homes idle
     traffic = plan["collectives"]
-    for key in ("expert all-gather", "expert reduce-scatter", "fsdp all-to-all"):
+    for key in ("expert all-gather", "fsdp all-gather", "fsdp all-to-all", "fsdp+expert all-to-all"):
         assert traffic[key]["bytes"] == pytest.approx(traffic[key]["minimum"], rel=0.01), key
+    for axis in ("fsdp", "expert"):  # sums as small as some of these become all-reduces: twice the bytes
+        scattered, reduced = traffic[f"{axis} reduce-scatter"], traffic[f"{axis} all-reduce"]
+        assert scattered["bytes"] + reduced["bytes"] / 2 == pytest.approx(scattered["minimum"], rel=0.01), axis
     assert not [key for key in traffic if not key.startswith(("fsdp", "expert")) and traffic[key]["bytes"] > 1e4]

@@ -1,56 +1,142 @@
-"""Two processes of one run, two fake devices each: what each reads becomes its part of the same global batch."""
+"""Two processes of one run: what each reads becomes its part of the same global batch, and they train as one process does."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from sharded_training import check_weights
 
-ROWS, SEQ_LEN, ROOM = 8, 4, 3
+ROWS, SEQ_LEN, ROOM = 8, 8, 3
+ROOT = Path(__file__).parents[2]
+
+
+def processes(count: int, devices: int, *command: str) -> list[str]:
+    """What `count` processes of `devices` fake devices each print, which the environment makes one run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
+    started = []
+    for index in range(count):
+        environment = os.environ | flags | several | ({"JAX_PROCESS_ID": str(index)} if several else {})
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    told = [process.communicate(timeout=500) for process in started]
+    assert [process.returncode for process in started] == [0] * count, "\n".join(error for _, error in told)
+    return [out for out, _ in told]
 
 
 @pytest.mark.slow
 def test_each_process_gives_the_rows_of_its_devices():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, address, str(index)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for index in (0, 1)
-    ]
-    told = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(told)
+    processes(2, 4, __file__, "rows")
 
 
-def check(address: str, index: int) -> None:
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """To 1e-6 of the loss, for collectives between processes sum in another order; and again to the same bits."""
+    for name, count in (("one", 1), ("two", 2), ("again", 2)):
+        processes(count, 8 // count, __file__, "train", str(tmp_path / f"{name}.npz"))
+    one, two, again = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("one", "two", "again"))
+    for name, w in two.items():
+        np.testing.assert_array_equal(again[name], w, err_msg=name)
+    np.testing.assert_allclose(two.pop("losses"), one.pop("losses"), rtol=1e-6)
+    np.testing.assert_array_equal(two.pop("loads")[0], one.pop("loads")[0])
+    check_weights(two, one, 1e-3, "two processes")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_logs_saves_and_goes_on_as_one(tmp_path):
+    """The script itself: one log, one data folder, one result, whatever the number of processes."""
+    command = [
+        "-m", "experiments.pretrain", "--recipe", "smoke", "--pretrain.0.tokens", "16384", "--mesh.fsdp", "2",
+        "--mesh.expert", "2", "--mesh.context", "2", "--loop.checkpoint_every", "3", "--loop.eval_bytes", "4000",
+    ]  # fmt: skip
+    logs = {}
+    for count in (1, 2):
+        processes(count, 8 // count, *command, "--out", str(tmp_path / str(count)))
+        lines = (tmp_path / str(count) / "stage1" / "log.jsonl").read_text().splitlines()
+        logs[count] = [json.loads(line) for line in lines]
+    for one, two in zip(logs[1], logs[2], strict=True):
+        assert (one["kind"], one["step"]) == (two["kind"], two["step"])
+        if one["kind"] == "step":
+            np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
+        if one["kind"] == "eval":
+            assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], rel=1e-3)
+
+
+def check_rows() -> None:
     """The global batch that two processes make of their shares, against the whole as one process has it."""
-    import jax
-
-    jax.distributed.initialize(address, num_processes=2, process_id=index)
     from glm_jax import config, mesh
+    from glm_jax.config import ConfigError
+    from glm_jax.parallel.context import order
     from glm_jax.train.step import stacked
 
     whole = [np.arange(ROWS * SEQ_LEN).reshape(ROWS, SEQ_LEN) + 1000 * number for number in range(ROOM - 1)]
-    here = mesh.make(config.Mesh(data=2, fsdp=2))
-    part, count = mesh.process_share(here, ROWS)
-    assert (part, count) == (index, 2)
-    mine = [{"ids": batch.reshape(count, -1, SEQ_LEN)[part]} for batch in whole]
-    with jax.set_mesh(here):
-        got = stacked(mine, ROOM, rows=ROWS)["ids"]
-    assert got.shape == (ROOM, ROWS, SEQ_LEN)
-    expected = np.stack([*whole, np.zeros_like(whole[0])])
-    for shard in got.addressable_shards:
-        assert np.array_equal(shard.data, expected[shard.index])
+
+    def built(here: jax.sharding.Mesh) -> tuple[np.ndarray, tuple[int, int]]:
+        """Every shard here of the global batch, the rest zero; and which share this process read."""
+        part, count = mesh.process_share(here, ROWS)
+        mine = [{"ids": np.split(batch, count)[part]} for batch in whole]
+        with jax.set_mesh(here):
+            got = stacked(mine, ROOM, rows=ROWS)["ids"]
+        assert got.shape == (ROOM, ROWS, SEQ_LEN)
+        seen = np.full(got.shape, -1)
+        for shard in got.addressable_shards:
+            seen[shard.index] = shard.data
+        return seen, (part, count)
+
+    def check(sizes: config.Mesh, devices=None) -> tuple[int, int]:
+        here = mesh.make(sizes)
+        if devices is not None:
+            here = jax.sharding.Mesh(devices.reshape(here.devices.shape), mesh.AXES, axis_types=here.axis_types)
+        seen, share = built(here)
+        in_order = np.stack([*whole, np.zeros_like(whole[0])])[..., order(SEQ_LEN, sizes.context)]
+        rows = (seen >= 0).any((0, 2)).nonzero()[0]
+        first = len(rows) * share[0]  # a process's rows are its own in the order of its devices
+        expected = in_order[:, first : first + len(rows)]
+        assert np.array_equal(seen[:, rows], np.where(seen[:, rows] < 0, -1, expected))
+        return share
+
+    me = jax.process_index()
+    assert check(config.Mesh(data=2, fsdp=4)) == (me, 2)
+    assert check(config.Mesh(fsdp=2, context=2, expert=2)) == (me, 2)
+    assert check(config.Mesh(context=4, expert=2)) == (0, 1)  # both hold all rows, of each other tokens
+    devices = np.array(jax.devices())
+    assert check(config.Mesh(data=2, fsdp=4), devices.reshape(2, 2, 2).swapaxes(0, 1)) == (me, 2)  # rows by turns
+    mixed = jax.sharding.Mesh(devices[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(1, 2, 2, 2), mesh.AXES)
+    with pytest.raises(ConfigError, match="processes hold some of each other's rows"):
+        mesh.process_share(mixed, ROWS)
+
+
+def save_training(path: Path) -> None:
+    """Losses, counts and weights of the small model's training; one process writes them."""
+    from sharded_training import make, start, train, weights
+
+    from glm_jax.config import Mesh
+
+    with jax.set_mesh(make(Mesh(fsdp=2, expert=2, context=2))):
+        now, losses, loads = train(start())
+        found = weights(now) | {"losses": np.array(losses), "loads": loads}
+    if jax.process_index() == 0:
+        np.savez(path, **found)
 
 
 if __name__ == "__main__":
-    check(sys.argv[1], int(sys.argv[2]))
+    from experiments import cli
+
+    cli.join_processes()
+    if sys.argv[1] == "rows":
+        check_rows()
+    else:
+        save_training(Path(sys.argv[2]))

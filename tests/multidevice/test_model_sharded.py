@@ -1,5 +1,5 @@
-"""The model on eight devices that the CPU pretends to have (data 2 x fsdp 2 x expert 2) against one: loss, gradients,
-text. Runs in a process of its own, since a process fixes its devices once."""
+"""The model on eight devices that the CPU pretends to have against one: loss, gradients, text, and what the router may do
+at worst. Runs in a process of its own, since a process fixes its devices once."""
 
 import os
 import subprocess
@@ -12,6 +12,8 @@ import pytest
 
 from glm_jax import mesh, model
 from glm_jax.config import Mesh, Model
+from glm_jax.parallel import expert
+from glm_jax.parallel.context import zigzag
 from glm_jax.sample.engine import Sampling, generate
 from glm_jax.train import step
 
@@ -63,24 +65,38 @@ def loss_and_gradient(params, router_bias_LE, batch):
     return run(params, router_bias_LE, batch)
 
 
-def check_loss_and_gradient(there):
+def check_loss_and_gradient(there, favour_E=(0.0,) * CFG.E):
+    """`favour_E` is added to the balance bias."""
     params, router_bias_LE = random_model()
+    router_bias_LE += np.array(favour_E, np.float32)
     batch = packed_batch()
     (loss, metrics), gradient = loss_and_gradient(params, router_bias_LE, batch)
-    rows = jax.NamedSharding(there, mesh.activation("BT"))
     with jax.set_mesh(there):
         layout = mesh.shardings(there, model.specs(CFG))
         (sharded_loss, sharded_metrics), sharded = loss_and_gradient(
-            jax.device_put(params, layout), router_bias_LE, jax.device_put(batch, rows)
+            jax.device_put(params, layout), router_bias_LE, mesh.placed(zigzag(batch, dim=1))
         )
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    real = (batch["segments"] > 0).sum()
+    np.testing.assert_array_equal(metrics["load_LE"].sum(axis=1), CFG.A * real)  # no choice is dropped
+    for one, load_L in zip(favour_E, np.asarray(metrics["load_LE"]).T, strict=True):
+        assert one == 0 or (load_L == (real if one > 0 else 0)).all()
     np.testing.assert_array_equal(sharded_metrics["load_LE"], metrics["load_LE"])
     for (path, want), got, where in zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(sharded), jax.tree.leaves(layout), strict=True
     ):
         assert got.sharding.is_equivalent_to(where, got.ndim), path  # a gradient lies where its weight does
-        error = np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want)
+        error = np.linalg.norm(np.asarray(got) - want) / max(np.linalg.norm(want), 1e-9)
         assert error < 1e-5, (path, error)
+
+
+def check_extremes(there):
+    """All tokens at one expert; all tokens at the experts of one device; E/A experts idle. Also where tokens go in chunks."""
+    one, few, idle = np.zeros((3, CFG.E))
+    one[3], few[:2], idle[:: CFG.A] = 100, 100, -100
+    assert (idle < 0).sum() == CFG.E / CFG.A
+    for favour_E in (one, few, idle):
+        check_loss_and_gradient(there, favour_E)
 
 
 def check_text(there):
@@ -100,5 +116,9 @@ def check_text(there):
 
 if __name__ == "__main__":
     eight = mesh.make(Mesh(data=2, fsdp=2, expert=2))
-    check_loss_and_gradient(eight)
+    for mesh_of_eight in (eight, mesh.make(Mesh(fsdp=2, expert=2, context=2)), mesh.make(Mesh(expert=2, context=4))):
+        check_loss_and_gradient(mesh_of_eight)
     check_text(eight)
+    expert.ROUTED_ROWS["cpu"] = 64
+    for sizes in (Mesh(data=2, fsdp=1, expert=4), Mesh(fsdp=1, expert=4, context=2)):
+        check_extremes(mesh.make(sizes))

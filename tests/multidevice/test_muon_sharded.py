@@ -15,6 +15,7 @@ specs = {
     "gate_LEDM": Spec("LE", "D", "M", "matrix", shape=(2, 4, 8, 6)),
     "down_LEMD": Spec("LE", "M", "D", "matrix", shape=(3, 4, 6, 8)),  # L=3 splits over nothing
     "o_LNHD": Spec("L", "NH", "D", "matrix", shape=(2, 2, 4, 8)),
+    "k_LDKH": Spec("L", "D", "KH", "matrix", shape=(2, 8, 1, 4)),  # lives in homes that o leaves idle
     "head_DV": Spec("", "D", "V", "head", shape=(8, 16)),
     "embed_VD": Spec("", "V", "D", "embedding", shape=(16, 8)),
     "norm_D": Spec("", "", "D", "norm", replicate="D", shape=(8,)),

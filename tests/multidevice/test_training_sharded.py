@@ -1,61 +1,102 @@
-"""Training on eight fake devices against one: the same losses, step by step, and the same weights in the end. In a process
-of its own."""
+"""Training on eight fake devices against one: the same losses, step by step, the same expert counts, and the same weights in
+the end, whatever the mesh; also from a checkpoint of another mesh. In processes of their own."""
 
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from sharded_training import STEPS, check_weights, make, meshes, start, train, weights
 
-STEPS = 10
-MESHES = ((2, 2, 2), (1, 2, 4))
+from glm_jax.config import Mesh
+
+SOME = (Mesh(data=2, fsdp=2, expert=2), Mesh(fsdp=2, expert=2, context=2), Mesh(expert=2, context=4))
+SAVED_ON = Mesh(fsdp=4, expert=2)
+RESTORED_ON = (Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=1))
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one():
+@pytest.mark.parametrize("what", ["meshes", "chunks", "balance", "checkpoints"])
+def test_eight_devices_train_as_one(what):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, what], env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def trained(sizes: tuple[int, int, int]) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Losses of a few steps of Muon, float32 throughout, no warm-up, two microbatches, and the weights after them."""
-    from glm_jax import config, mesh, model, spec
-    from glm_jax.optim import optimizer
-    from glm_jax.train import state
-    from glm_jax.train.step import Knobs, train_step
+def trained(sizes: Mesh, bias_rate: float = 0.0):
+    """(losses, expert counts, weights) of all steps on a mesh."""
+    with jax.set_mesh(make(sizes)):
+        now, losses, loads = train(start(), bias_rate=bias_rate)
+        return losses, loads, weights(now)
 
-    cfg = config.Model(
-        V=64, D=32, L=3, dense_layers=1, N=4, K=2, H=8, F=32, M=16, E=8, A=2, dtype="float32", max_positions=64
-    )
-    tx = optimizer(config.Optim(ns_dtype="float32"), model.specs(cfg))
-    text = np.random.default_rng(0).zipf(1.5, (2, 8, 18)).clip(max=cfg.V - 1).astype(np.int32)
-    ids, ones = text[..., :16], np.ones((2, 8, 16), np.float32)
-    batch = {"ids": ids, "targets": text[..., 1:17], "mtp_targets": text[..., 2:], "weights": ones, "mtp_weights": ones}
-    batch |= {"positions": np.broadcast_to(np.arange(16, dtype=np.int32), ids.shape), "segments": ones.astype(np.int32)}
-    knobs = Knobs(*np.float32([1e-2, 0.3, 0]), microbatches=np.int32(2))
-    here = mesh.make(config.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
-    with jax.set_mesh(here):
-        batch = {name: jax.device_put(z, mesh.batch_sharding(here)) for name, z in batch.items()}
-        now, seen = state.create(cfg, tx, 0), []
-        for _ in range(STEPS):
-            now, metrics = train_step(now, batch, knobs, cfg=cfg, tx=tx, sequence_balance=1e-4)
-            seen.append(float(metrics["loss"]))
-        leaves = jax.tree_util.tree_leaves_with_path(now.params)
-        return seen, {spec.path_name(path): np.asarray(w) for path, w in leaves}
+
+def check_meshes(sizes_of_meshes, one) -> None:
+    """float32 sums in another order: losses to 1e-5, weights to 1e-3 of their root mean square."""
+    losses, loads, want = one
+    for sizes in sizes_of_meshes:
+        got_losses, got_loads, got = trained(sizes)
+        np.testing.assert_allclose(got_losses, losses, rtol=1e-5, err_msg=str(sizes))
+        np.testing.assert_array_equal(got_loads[0], loads[0], err_msg=str(sizes))
+        error = check_weights(got, want, 1e-3, sizes)
+        print(sizes, np.max(np.abs(np.divide(got_losses, losses) - 1)), error, flush=True)
+
+
+def check_balance(bias_rate: float = 1e-2) -> None:
+    """The bias follows the counts, so they stay equal only if every device counts the tokens of all: until a tie."""
+    losses, loads, _ = trained(Mesh(fsdp=1), bias_rate)
+    assert (loads[0] != loads[-1]).any()
+    for sizes in SOME[:2]:
+        got_losses, got, _ = trained(sizes, bias_rate)
+        tie = next((step for step in range(STEPS) if (got[step] != loads[step]).any()), STEPS)
+        np.testing.assert_allclose(got_losses[:tie], losses[:tie], rtol=1e-5, err_msg=str(sizes))
+        assert tie > 0, sizes
+        if tie < STEPS:  # one token between two experts that rounding tells apart; the bias passes it on
+            assert np.abs(got[tie] - loads[tie]).sum() == 2, (sizes, tie)
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Half of the steps on one mesh, the other half on another."""
+    from sharded_training import CFG, TX
+
+    from glm_jax.train import state
+    from glm_jax.train.checkpoint import Checkpoints
+
+    losses, _, want = trained(Mesh(fsdp=1))
+    half = STEPS // 2
+    checkpoints = Checkpoints(folder)
+    with jax.set_mesh(make(SAVED_ON)):
+        now, first, _ = train(start(), half)
+        checkpoints.save(half, now, {})
+        checkpoints.wait()
+    for sizes in RESTORED_ON:
+        with jax.set_mesh(make(sizes)):
+            now, _ = checkpoints.restore(half, state.abstract(CFG, TX))
+            now, second, _ = train(now, STEPS - half)
+            np.testing.assert_allclose([*first, *second], losses, rtol=1e-5, err_msg=str(sizes))
+            check_weights(weights(now), want, 1e-3, sizes)
+    checkpoints.close()
 
 
 if __name__ == "__main__":
-    from glm_jax.parallel import expert, homes
+    if sys.argv[1] == "meshes":
+        one = trained(Mesh(fsdp=1))
+        assert one[0][0] - one[0][-1] > 0.2, one[0]
+        every = [sizes for devices in (2, 4, 8) for sizes in meshes(devices)]  # minutes: ALL_MESHES=1 asks for it
+        check_meshes(
+            every if "ALL_MESHES" in os.environ else [Mesh(fsdp=1, context=8), Mesh(data=2, fsdp=1, context=4)], one
+        )
+    if sys.argv[1] == "chunks":
+        from glm_jax.parallel import expert, homes
 
-    one, weights = trained((1, 1, 1))
-    assert one[0] - one[-1] > 0.2, one
-    expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 64, 2**12  # chunks of tokens, and of matrices
-    for sizes in MESHES:
-        eight, theirs = trained(sizes)
-        np.testing.assert_allclose(eight, one, rtol=1e-5, err_msg=str(sizes))  # float32 sums in another order
-        for name, w in weights.items():
-            error = np.sqrt(np.mean((theirs[name] - w) ** 2)) / np.sqrt(np.mean(w**2) + 1e-12)
-            assert error < 1e-3, (sizes, name, error)
+        one = trained(Mesh(fsdp=1))
+        expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 64, 2**12  # chunks of tokens, and of matrices
+        check_meshes(SOME, one)
+    if sys.argv[1] == "balance":
+        check_balance()
+    if sys.argv[1] == "checkpoints":
+        with tempfile.TemporaryDirectory() as folder:
+            check_checkpoints(Path(folder))

@@ -207,3 +207,55 @@ def test_the_compilation_cache_is_where_the_user_says(tmp_path):
         check=False,
     )
     assert done.returncode == 0
+
+
+# ---- several processes
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `jax.distributed.initialize` is called with, in an environment that names no processes yet."""
+    import jax
+
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
+    for name in (*cli.PROCESSES, "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "calls"),
+    [
+        ({}, []),
+        (dict(zip(cli.PROCESSES, ("host:1234", "16", "3"), strict=True)), [("host:1234", 16, 3)]),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, [()]),
+        ({"JAX_COORDINATOR_ADDRESS": "auto"}, [()]),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, []),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, [()]),
+    ],
+)
+def test_the_environment_says_whether_a_process_is_one_of_several(joined, monkeypatch, environment, calls):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cli.join_processes()
+    assert joined == calls
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (("host:1234", "2", ""), "JAX_PROCESS_ID is not; set all three"),
+        (("host:1234", "2", "2"), "JAX_PROCESS_ID=2: give host:port"),
+        (("host:1234", "two", "0"), "JAX_NUM_PROCESSES=two"),
+        (("host", "2", "0"), "JAX_COORDINATOR_ADDRESS=host,"),
+    ],
+)
+def test_processes_that_are_named_in_part_or_wrongly(joined, monkeypatch, values, told):
+    for name, value in zip(cli.PROCESSES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as error:
+        cli.join_processes()
+    assert told in str(error.value)
+    assert not joined

@@ -13,13 +13,13 @@ from glm_jax.config import ConfigError, replace
 TINY = recipes.get("tiny").model
 
 
-def abstract(data: int, fsdp: int, expert: int) -> AbstractMesh:
-    return AbstractMesh((data, fsdp, expert), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+def abstract(data: int, fsdp: int, expert: int, context: int = 1) -> AbstractMesh:
+    return mesh.abstract(config.Mesh(data, fsdp, expert, context))
 
 
 def test_one_device_is_a_mesh_of_size_one():
     made = mesh.make(config.Mesh(), jax.devices()[:1])
-    assert dict(made.shape) == {"data": 1, "fsdp": 1, "expert": 1}
+    assert dict(made.shape) == {"data": 1, "fsdp": 1, "context": 1, "expert": 1}
     assert set(made.axis_types) == {AxisType.Explicit}
 
 
@@ -36,36 +36,56 @@ def test_experts_that_cannot_be_split():
     with pytest.raises(
         ConfigError, match=r"E=16 cannot be split over expert axis of 3; use a divisor of 16 for mesh.expert"
     ):
-        mesh.check(abstract(1, 1, 3), model.specs(TINY), rows=3)
+        mesh.check(abstract(1, 1, 3), model.specs(TINY), rows=3, length=256)
 
 
 def test_width_that_cannot_be_split():
     with pytest.raises(
         ConfigError, match=r"D=128 cannot be split over fsdp axis of 3; use a divisor of 128 for mesh.fsdp"
     ):
-        mesh.check(abstract(1, 3, 1), model.specs(TINY), rows=3)
+        mesh.check(abstract(1, 3, 1), model.specs(TINY), rows=3, length=256)
 
 
 def test_rows_that_cannot_be_split():
     with pytest.raises(ConfigError, match=r"B=6 rows cannot be split over 4 devices .* multiple of 4"):
-        mesh.check(abstract(2, 2, 1), model.specs(TINY), rows=6)
+        mesh.check(abstract(2, 2, 1), model.specs(TINY), rows=6, length=256)
+
+
+def test_rows_of_tokens_that_cannot_be_split():
+    with pytest.raises(
+        ConfigError, match=r"T=258 tokens cannot be split over a context axis of 4, in 8 equal chunks; use a"
+    ):
+        mesh.check(abstract(1, 1, 2, 4), model.specs(TINY), rows=2, length=258)
+    with pytest.raises(ConfigError, match=r"multiple of 8 tokens, or a divisor of 6 for mesh.context"):
+        mesh.check(abstract(1, 1, 2, 4), model.specs(TINY), rows=2, length=12)
+
+
+def test_sampling_does_not_split_rows_of_tokens():
+    with (
+        jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 2)),
+        pytest.raises(ConfigError, match=r"mesh.context=2 splits"),
+    ):
+        model.empty_cache(TINY, 2, 8)
 
 
 def test_what_fits_passes():
-    mesh.check(abstract(2, 2, 2), model.specs(TINY), rows=16)
-    mesh.check(abstract(1, 64, 8), model.specs(recipes.get("glm45").model), rows=512)
+    mesh.check(abstract(2, 2, 2), model.specs(TINY), rows=16, length=255)
+    mesh.check(abstract(1, 64, 8), model.specs(recipes.get("glm45").model), rows=512, length=4096)
+    mesh.check(abstract(1, 8, 8, 8), model.specs(recipes.get("glm45").model), rows=64, length=131_072)
 
 
 def test_layouts_follow_the_letters():
     specs = model.specs(TINY)
     experts, router = specs.moe.ffn.gate_EDM, specs.moe.ffn.router_DE
     assert experts.dims == "LEDM"
-    assert mesh.at_rest(experts) == P(None, "expert", "fsdp", None)
+    assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context"), None)
     assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
-    assert mesh.at_rest(router) == P(None, ("fsdp", "expert"), None)  # its E does not follow the experts'
-    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp"))
+    assert mesh.at_rest(router) == P(None, ("fsdp", "context", "expert"), None)  # its E does not follow the experts'
+    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context"))
     assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
-    assert mesh.activation("BTD") == P(mesh.BATCH, None, None)
+    assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context"), None)
+    assert mesh.in_use(specs.embed_VD) == P("expert", None)  # and so does the look-up
+    assert mesh.activation("BTD") == P(("data", "fsdp", "expert"), "context", None)
 
 
 def test_without_a_mesh_nothing_moves():
@@ -87,4 +107,4 @@ def test_every_recipe_fits_its_mesh_on_a_pod():
         sizes = run.mesh.data, 8 if run.mesh.fsdp == -1 else run.mesh.fsdp, run.mesh.expert
         run = replace(run, **{"model.L": min(run.model.L, 8)})
         for stage in run.stages:
-            mesh.check(abstract(*sizes), model.specs(run.model), rows=stage.microbatch_rows * 8)
+            mesh.check(abstract(*sizes), model.specs(run.model), stage.microbatch_rows * 8, stage.seq_len)

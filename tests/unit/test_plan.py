@@ -6,11 +6,12 @@ import pytest
 
 from experiments import plan as script
 from experiments import recipes
-from glm_jax import plan
+from glm_jax import model, plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
 from glm_jax.plan.target import GIB, names
+from glm_jax.spec import count
 
 POD = plan.target("v5p:8x8x8")
 GLM45 = recipes.get("glm45")
@@ -134,10 +135,23 @@ def test_operations_are_six_a_parameter_and_attention():
 
 def test_experts_are_gathered_along_fsdp_alone():
     found = analytic.traffic(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096))
-    experts = 90 * 160 * 3 * 5120 * 1536 * 2 / 8 * 63 / 64
-    assert found["fsdp reduce-scatter"] == pytest.approx(experts, rel=0.02)
-    assert found["fsdp all-gather"] == pytest.approx(2 * experts, rel=0.02)
+    experts, vocabulary = 90 * 160 * 3 * 5120 * 1536, 2 * 151_552 * 5120
+    others = count(model.specs(GLM45.model)) - experts - vocabulary
+    summed = 2 * ((experts + vocabulary) / 8 + others) * 63 / 64  # bfloat16
+    assert found["fsdp reduce-scatter"] == pytest.approx(summed, rel=0.01)
+    assert found["fsdp all-gather"] == pytest.approx(2 * summed, rel=0.01)
     assert not [key for key in found if key.startswith("data")]
+
+
+def test_keys_of_long_rows_are_gathered_along_context():
+    sizes = Mesh(fsdp=8, expert=8, context=8)
+    whole, half = (plan.check(GLM45, POD, sizes, 64, length) for length in (131_072, 65_536))
+    assert whole.tokens == 131_072 / 8
+    found, of_half = analytic.traffic(whole), analytic.traffic(half)  # both with the same weights
+    keys = 93 * 65_536 * 2 * 8 * 128 * 2 * 7 / 8  # of all layers: a row to each device, less what it has
+    assert found["context reduce-scatter"] - of_half["context reduce-scatter"] == pytest.approx(keys)
+    gathered = found["context all-gather"] - of_half["context all-gather"]
+    assert gathered == pytest.approx(2 * keys, rel=0.01)  # and positions and segments
 
 
 @pytest.mark.parametrize(
@@ -169,10 +183,11 @@ def test_devices_of_a_topology():
 @pytest.mark.parametrize(
     ("machine", "sizes", "rows", "length", "told"),
     [
-        ("v5p:8x8x8", Mesh(fsdp=63, expert=8), 512, 4096, "fsdp=63, expert=8 does not fit 512 devices"),
+        ("v5p:8x8x8", Mesh(fsdp=63, expert=8), 512, 4096, "fsdp=63, context=1, expert=8 does not fit 512 devices"),
         ("v5p:8x8x12", Mesh(fsdp=32, expert=24), 768, 4096, "E=160 cannot be split over expert axis of 24; use a divisor"),
         ("v5p:8x8x12", Mesh(fsdp=96, expert=8), 768, 4096, "D=5120 cannot be split over fsdp x expert axes of 768"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
+        ("v5p:8x8x8", Mesh(fsdp=8, expert=8, context=8), 64, 4104, "T=4104 tokens cannot be split over a context axis of 8"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
     ],
@@ -186,14 +201,14 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, r
 def test_what_a_plan_has(monkeypatch, tmp_path):
     from glm_jax.plan import program
 
-    compiled = program.Compiled(int(5.25 * GIB), int(12 * GIB), 200.0, PROGRAM)
+    compiled = program.Compiled(int(5.25 * GIB), int(12 * GIB), int(20 * GIB), 200.0, PROGRAM)
     monkeypatch.setattr(program, "compile_step", lambda *_: compiled)
     found = plan.plan(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096), POD, lambda _: None)
     assert set(found) >= {
         "recipe", "topology", "devices", "mesh", "batch", "seq", "params", "args_gib", "temp_gib", "hbm_gib", "fits",
         "compile_s", "flops", "flops_analytic", "collectives", "roofline_s", "mfu_bound",
     }  # fmt: skip
-    assert (found["args_gib"], found["temp_gib"], found["fits"]) == (5.25, 12, True)
+    assert (found["args_gib"], found["temp_gib"], found["temp_size_gib"], found["fits"]) == (5.25, 12, 20, True)
     assert found["params"] == pytest.approx(356.8e9, rel=1e-3)
     assert set(found["roofline_s"]) == {"compute", "memory", "network"}
     gather = found["collectives"]["expert all-gather"]  # the program's groups of neighbours lie along the last axis
@@ -209,6 +224,7 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
 
 def test_a_mesh_as_text():
     assert script.mesh_of(script.Args(mesh="fsdp=64,expert=8"), GLM45) == Mesh(data=1, fsdp=64, expert=8)
+    assert script.mesh_of(script.Args(mesh="fsdp=8,expert=8,context=8"), GLM45) == Mesh(1, 8, 8, context=8)
     assert script.mesh_of(script.Args(mesh="expert=8", slices=2), GLM45) == Mesh(data=2, fsdp=-1, expert=8)
     assert script.mesh_of(script.Args(), GLM45) == GLM45.mesh
     with pytest.raises(ConfigError, match=r"no axis 'exprt'; did you mean 'expert'"):
