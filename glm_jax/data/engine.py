@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
@@ -119,8 +120,7 @@ def _by_pool(
     processes: int, work: Work, shards: Sequence[Shard], settings: dict[str, Any], out: Path
 ) -> Iterator[tuple[Shard, dict[str, Any]]]:
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads (jax has them) may hang
-    deaf = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's to answer
-    with futures.ProcessPoolExecutor(processes, spawn, signal.signal, deaf) as pool:
+    with futures.ProcessPoolExecutor(processes, spawn, _begin_worker) as pool:
         waiting = {pool.submit(make, work, shard, settings, out): shard for shard in shards}
         try:
             for ready in futures.as_completed(waiting):
@@ -132,6 +132,19 @@ def _by_pool(
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Ctrl-C is the pool's owner's to answer; when the owner is gone, killed or not, so is the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_owner() -> None:
+        owner = multiprocessing.parent_process()
+        assert owner is not None
+        owner.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_owner, daemon=True).start()
 
 
 def _by_ray(

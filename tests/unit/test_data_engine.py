@@ -172,7 +172,7 @@ def test_killed_with_sigkill_it_ends_with_the_bytes_of_an_unkilled_run(upper, sh
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.4)  # its workers end what they do
+    time.sleep(0.4)  # its workers end with it
     done = {path.stem.split(".")[0] for path in (tmp_path / "killed").glob("*.done.json")}
     assert 0 < len(done) < 6
     subprocess.run([*command, "killed"], check=True, capture_output=True, env=environment)
