@@ -77,11 +77,7 @@ def told(sizes: Mapping[str, int]) -> str:
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` of `length` tokens cannot be split over `mesh`."""
-    for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
-        for name, spec in leaves(specs):
-            for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-                if {"E": 0, "V": 2}.get(letter, 1) == turn:
-                    _check_split(mesh, name, letter, size, axes)
+    check_weights(mesh, specs)
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
     if rows % parts:
         raise ConfigError(
@@ -94,6 +90,15 @@ def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows:
             f"a row of T={length} tokens cannot be split over a context axis of {mesh.shape[CONTEXT]}, in {chunks} equal "
             f"chunks; use a multiple of {chunks} tokens, or a divisor of {max(1, length // 2)} for mesh.context"
         )
+
+
+def check_weights(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any) -> None:
+    """Raise ConfigError where a weight cannot be split over `mesh`."""
+    for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
+        for name, spec in leaves(specs):
+            for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
+                if {"E": 0, "V": 2}.get(letter, 1) == turn:
+                    _check_split(mesh, name, letter, size, axes)
 
 
 def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple[str, ...] | None) -> None:

@@ -44,7 +44,7 @@ def load(path: Path | str, *, dtype: Any, mesh: jax.sharding.Mesh | None = None)
     """
     checkpoint = Checkpoint(Path(path), dtype)
     if mesh is not None:
-        meshes.check(mesh, model.specs(checkpoint.cfg), rows=mesh.size)
+        meshes.check_weights(mesh, model.specs(checkpoint.cfg))
 
     def place(name: str, declared: Spec) -> Array:
         where = SingleDeviceSharding(jax.devices()[0])
