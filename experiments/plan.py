@@ -7,8 +7,8 @@
 The train step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
 pins, for H200 with its CUDA plug-in. What cannot be laid out, or cannot fit by arithmetic, is refused in seconds.
 All figures are of one device and one step: GiB of 2^30 bytes, bytes that a device receives, floating-point operations.
-Temporaries are what is held at the peak beside the arguments, as in the compiler's own account of its buffers; `temp_size_gib`
-in the plan is jax's memory_analysis().temp_size_in_bytes, which counts more than that where arguments are donated.
+Temporaries are jax's memory_analysis().temp_size_in_bytes, by which other code bases are measured too. Where arguments are
+donated it counts more than is held at once: what is held at the peak is told beside it, and decides whether a plan fits.
 `--table` prints the table of all plans in experiments/results.
 """
 
@@ -130,13 +130,13 @@ def progress() -> Iterator[Any]:
 
 def told(plan: dict[str, Any]) -> str:
     """The plan as text."""
-    total = plan["args_gib"] + plan["temp_gib"]
+    held = plan["args_gib"] + plan["peak_temp_gib"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     lines = [
         f"{plan['recipe']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
         f"{plan['devices']} devices of {plan['topology']} ({mesh})",
-        f"memory      arguments {plan['args_gib']:.2f} + temporaries {plan['temp_gib']:.2f} = {total:.2f} GiB "
-        f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'} (jax's temp_size: {plan['temp_size_gib']:.2f})",
+        f"memory      arguments {plan['args_gib']:.2f}, temporaries {plan['temp_gib']:.2f}; at the peak {held:.2f} GiB "
+        f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}",
         f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
         f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
         "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),
@@ -156,7 +156,7 @@ def told(plan: dict[str, Any]) -> str:
 def table(paths: list[Path]) -> str:
     """The plans as a table of Markdown."""
     lines = [
-        "| recipe | devices | mesh | batch x seq | arguments + temporaries of GiB | operations over analytic | "
+        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | "
         "MFU bound | compiled |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -165,7 +165,8 @@ def table(paths: list[Path]) -> str:
         mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
         cells = (
             plan["recipe"], f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
-            f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} of {plan['hbm_gib']:.0f}{'' if plan['fits'] else ' (no)'}",
+            f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} ({plan['peak_temp_gib']:.2f}) of {plan['hbm_gib']:.0f}"
+            f"{'' if plan['fits'] else ': does not fit'}",
             f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",
             f"{plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB",
         )  # fmt: skip

@@ -61,7 +61,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
         "network": sum(row["bytes"] for row in collectives.values()) / machine.link_bandwidth,
     }
     useful = operations["model"] / machine.chip.flops
-    used = compiled.argument_bytes + compiled.temporary_bytes
+    used = compiled.argument_bytes + compiled.peak_bytes
     return {
         "recipe": work.run.name,
         "topology": machine.name,
@@ -74,7 +74,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
         "params": count(model.specs(work.run.model)),
         "args_gib": compiled.argument_bytes / GIB,
         "temp_gib": compiled.temporary_bytes / GIB,
-        "temp_size_gib": compiled.counted_bytes / GIB,
+        "peak_temp_gib": compiled.peak_bytes / GIB,
         "hbm_gib": machine.chip.memory / GIB,
         "fits": used <= machine.chip.memory,
         "compile_s": compiled.seconds,

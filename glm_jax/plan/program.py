@@ -25,8 +25,8 @@ MTP = {"mtp_targets": jnp.int32, "mtp_weights": jnp.float32}
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     argument_bytes: int
-    temporary_bytes: int  # at the peak, beside arguments and results that are no arguments
-    counted_bytes: int  # what jax calls temp_size: more than is ever held at once, where arguments are donated
+    temporary_bytes: int  # jax's temp_size: more than is ever held at once, where arguments are donated
+    peak_bytes: int  # held at the peak beside arguments and results that are no arguments
     seconds: float  # to trace and compile
     text: str
 
@@ -51,8 +51,9 @@ def compile_step(
     if used is None or text is None:
         raise RuntimeError(f"the compiler for {target.name} tells neither memory nor program")
     kept = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    held = used.peak_memory_in_bytes - kept if used.peak_memory_in_bytes > kept else used.temp_size_in_bytes
-    return Compiled(used.argument_size_in_bytes, held, used.temp_size_in_bytes, perf_counter() - began, text)
+    counted, peak = used.temp_size_in_bytes, used.peak_memory_in_bytes
+    held = peak - kept if peak > kept else counted  # not every compiler tells its peak
+    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text)
 
 
 def _batch(run: Run, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -70,7 +70,7 @@ def test_a_run_of_two_processes_logs_saves_and_goes_on_as_one(tmp_path):
     for one, two in zip(logs[1], logs[2], strict=True):
         assert (one["kind"], one["step"]) == (two["kind"], two["step"])
         if one["kind"] == "step":
-            np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
+            np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-4)  # a tie between experts moves a token
         if one["kind"] == "eval":
             assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], rel=1e-3)
 

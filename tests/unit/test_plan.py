@@ -201,14 +201,14 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, r
 def test_what_a_plan_has(monkeypatch, tmp_path):
     from glm_jax.plan import program
 
-    compiled = program.Compiled(int(5.25 * GIB), int(12 * GIB), int(20 * GIB), 200.0, PROGRAM)
+    compiled = program.Compiled(int(5.25 * GIB), int(20 * GIB), int(12 * GIB), 200.0, PROGRAM)
     monkeypatch.setattr(program, "compile_step", lambda *_: compiled)
     found = plan.plan(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096), POD, lambda _: None)
     assert set(found) >= {
         "recipe", "topology", "devices", "mesh", "batch", "seq", "params", "args_gib", "temp_gib", "hbm_gib", "fits",
         "compile_s", "flops", "flops_analytic", "collectives", "roofline_s", "mfu_bound",
     }  # fmt: skip
-    assert (found["args_gib"], found["temp_gib"], found["temp_size_gib"], found["fits"]) == (5.25, 12, 20, True)
+    assert (found["args_gib"], found["temp_gib"], found["peak_temp_gib"], found["fits"]) == (5.25, 20, 12, True)
     assert found["params"] == pytest.approx(356.8e9, rel=1e-3)
     assert set(found["roofline_s"]) == {"compute", "memory", "network"}
     gather = found["collectives"]["expert all-gather"]  # the program's groups of neighbours lie along the last axis
