@@ -201,7 +201,7 @@ class Program:
 def _computations(text: str) -> Iterator[Computation]:
     name, ops, entry = "", [], None
     for line in text.splitlines():
-        if line == "}" and name:
+        if line.startswith("}") and name:  # what runs beside the main thread says so behind it
             done = Computation(name, tuple(ops))
             if entry == name:
                 last = done

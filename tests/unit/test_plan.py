@@ -30,7 +30,7 @@ PROGRAM = """HloModule jit_step, num_partitions=8
   %zero = s32[] constant(0)
   %one = bf16[1,8,16]{2,1,0} dynamic-slice(%stack, %n, %zero, %zero), dynamic_slice_sizes={1,8,16}
   ROOT %flat = bf16[8,16]{1,0} bitcast(%one)
-}
+}, execution_thread="sparsecore"
 
 %body (state: (s32[], f32[4,16], bf16[5,8,16])) -> (s32[], f32[4,16], bf16[5,8,16]) {
   %state = (s32[], f32[4,16]{1,0}, bf16[5,8,16]{2,1,0}) parameter(0)
