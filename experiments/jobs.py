@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +25,7 @@ import psutil
 
 from experiments import cli
 from glm_jax.config import Mesh, Run
+from glm_jax.data.engine import cores, end_with_parent
 
 Part = tuple[str, Callable[[], Any]]  # the file, in the run's folder, that is there when it is done; what makes it
 
@@ -115,7 +115,7 @@ class _Processes:
         self._waiting, self._folder, self._tick = _in_order(jobs), folder, tick
         self._running: list[tuple[Job, BaseProcess]] = []
         self._done: set[str] = set()
-        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._cores = cores()
         self._at_once = min(self._cores, MOST_AT_ONCE)
 
     def run(self) -> None:
@@ -170,20 +170,12 @@ def _child(work: Callable[[], None], threads: int, devices: int, name: str) -> N
     """A job's process: `threads` for jax's computations on CPU `devices`, lines that begin with `name`, and an end when its
     parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its children
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(cli.INTERRUPTED)
     os.environ["PJRT_NPROC"] = str(threads)
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
     if name:
         sys.stdout, sys.stderr = _Named(name, sys.stdout), _Named(name, sys.stderr)
     cli.leave_after(work)
-
-
-def _end_with_parent() -> None:
-    """Leave at once when the parent is gone, killed or not: two runs must never write to one folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(cli.INTERRUPTED)
 
 
 class _Named(io.TextIOBase):

@@ -46,9 +46,7 @@ class Engine:
 
     @property
     def processes(self) -> int:
-        return self.workers or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        return self.workers or cores()
 
     def run(
         self, work: Work, shards: Sequence[Shard], settings: dict[str, Any], out: Path, tell: Callable[[int, int], None]
@@ -135,16 +133,27 @@ def _by_pool(
 
 
 def _begin_worker() -> None:
-    """Ctrl-C is the pool's owner's to answer; when the owner is gone, killed or not, so is the worker."""
+    """Ctrl-C is the pool's owner's to answer, and a worker ends when its owner does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(1)
 
-    def end_with_owner() -> None:
-        owner = multiprocessing.parent_process()
-        assert owner is not None
-        owner.join()
-        os._exit(1)
 
-    threading.Thread(target=end_with_owner, daemon=True).start()
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent(code: int) -> None:
+    """From now on this process leaves at once with `code` when its parent is gone, killed or not: two runs must never write to
+    one folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(code)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _by_ray(
