@@ -291,6 +291,17 @@ def rows_of(x: Array, source_B: Array) -> Array:
     return x.at[source_B].get(out_sharding=jax.typeof(x).sharding.spec if active() else None)
 
 
+def put_rows(x: Array, some_B: Array, rows: Array) -> Array:
+    """`x` with `rows` in place of rows some_B, where one device has them all."""
+    if not active():
+        return x.at[some_B].set(rows)
+    spec = jax.typeof(x).sharding.spec
+    put = jax.shard_map(
+        lambda x, some_B, rows: x.at[some_B].set(rows), in_specs=(spec, PartitionSpec(), spec), out_specs=spec
+    )
+    return put(x, some_B, rows)
+
+
 def out_sharding(dims: str) -> PartitionSpec | None:
     """For operations that take `out_sharding`: the layout of an activation named `dims`, None without a mesh."""
     return activation(dims) if active() else None

@@ -59,7 +59,7 @@ def posttrain() -> Posttrain:
     """
     sft = SFT(
         dialogues=3200, held_out=192, slips=0.3, epochs=2, seq_len=256, microbatch_rows=4, batch_rows=4, peak_lr=8e-3,
-        final_lr=4e-4, mtp_weight=0.0, optim=Optim(ns_dtype="float32"),
+        final_lr=4e-4, mtp_weight=0.0,  # and Muon in bfloat16, as it is trained at scale
     )  # fmt: skip
     grpo = GRPO(
         steps=28, levels=(1, 2), groups=8, oversample=4, rounds=2, max_new_tokens=144, max_tokens=224, seq_len=256,

@@ -19,6 +19,7 @@ from glm_jax.sample.draw import draw, keys
 
 SHARED_TOKENS = 64  # rows that begin with as many tokens alike, or more, keep these once
 STREAM_TOKENS = 8  # tokens decoded between two calls of `on_token`
+FEWEST_ROWS = 32  # of a batch that is not made smaller when rows end
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Session:
                 told = _tell(state, told, on_token)
             if int(state.step) >= settings.max_new_tokens or not bool(state.alive_B.any()):
                 break
-            state = _decode(self._cfg, self._params, self._bias_LE, state, rules, state.step + chunk)
+            state = self._continue(state, rules, int(state.step) + chunk)
         self._cache = state.cache
         done = _completions(state, len(given), settings)
         for row, completion in enumerate(done):
@@ -169,6 +170,18 @@ class Session:
             np.concatenate([shared_SLA, own_BSLA[row]])[: length_B[row]] if self._held[row] else own_BSLA[row, :0]
             for row in range(len(self._held))
         ]
+
+    def _continue(self, state: _State, rules: _Rules, until: int) -> _State:
+        """Decode until every row has ended, or step `until`. Once half of the rows have ended, the others go on in a batch of
+        half the size (on one device: rows stay where they are)."""
+        rows = len(state.alive_B)
+        fewest = rows // 2 if rows > FEWEST_ROWS and _shards() == 1 else 0
+        state = _decode(self._cfg, self._params, self._bias_LE, state, rules, until, fewest)
+        alive_B = np.asarray(state.alive_B)
+        if int(state.step) >= min(until, int(rules.max_new)) or not alive_B.any():
+            return state
+        some = np.argsort(~alive_B, kind="stable")[:fewest]  # ended rows fill it up
+        return _put_rows(state, some, self._continue(_take_rows(state, some), rules, until))
 
     def _read(self, texts: list[list[int]], settings: Sampling) -> _State:
         """Read new tokens and draw every row's first one. In the first turn equal texts are read once, and what all texts
@@ -281,11 +294,13 @@ _go_on = jax.jit(_prefill, static_argnames=("cfg", "new"), donate_argnames="cach
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
-def _decode(cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State, rules: _Rules, until: Array) -> _State:
-    """Token by token until step `until`, the limit, or until no row is alive."""
+def _decode(
+    cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State, rules: _Rules, until: Array, fewest: Array
+) -> _State:
+    """Token by token until step `until`, the limit, or until no more than `fewest` rows are alive."""
 
     def unfinished(state: _State) -> Array:
-        return (state.step < jnp.minimum(until, rules.max_new)) & jnp.any(state.alive_B)
+        return (state.step < jnp.minimum(until, rules.max_new)) & (jnp.sum(state.alive_B) > fewest)
 
     def step(state: _State) -> _State:
         alive_B1 = state.alive_B[:, None].astype(jnp.int32)  # an ended row is padding: it reads and keeps nothing
@@ -294,6 +309,28 @@ def _decode(cfg: Model, params: model.GLM, router_bias_LE: Array, state: _State,
         return _emit(dataclasses.replace(state, cache=aux.cache), model.head(cfg, params, aux.hidden_BTD)[:, 0], rules)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+@jax.jit
+def _take_rows(state: _State, some: Array) -> _State:
+    """A batch of those rows."""
+    return _of_rows(lambda z: mesh.rows_of(z, some), state)
+
+
+@partial(jax.jit, donate_argnames="state")
+def _put_rows(state: _State, some: Array, part: _State) -> _State:
+    """The batch with those rows, and the step, as they are in `part`."""
+    return dataclasses.replace(_of_rows(lambda z, new: mesh.put_rows(z, some, new), state, part), step=part.step)
+
+
+def _of_rows(fn: Callable[..., Array], state: _State, *others: _State) -> _State:
+    """`fn` of every array that has rows."""
+
+    def rows_alone(state: _State) -> _State:
+        return dataclasses.replace(state, step=None, cache=dataclasses.replace(state.cache, shared=None))
+
+    done = jax.tree.map(fn, *map(rows_alone, (state, *others)))
+    return dataclasses.replace(done, step=state.step, cache=dataclasses.replace(done.cache, shared=state.cache.shared))
 
 
 def _emit(state: _State, logits_BV: Array, rules: _Rules) -> _State:
@@ -363,8 +400,12 @@ def _begin_alike(texts: list[list[int]]) -> int:
 
 def _batch_rows(count: int) -> int:
     """Rows of a batch that holds `count`: a power of two on every device."""
-    shards = math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
-    return shards * _bucket(-(-count // shards), 1)
+    return _shards() * _bucket(-(-count // _shards()), 1)
+
+
+def _shards() -> int:
+    """Devices that share the rows of a batch."""
+    return math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
 
 
 def _bucket(size: int, smallest: int) -> int:

@@ -134,13 +134,13 @@ def _overlaps(q_at_BT: tuple[Array, ...], k_at_BS: tuple[Array, ...]) -> Array:
 def _scores(
     q_BKrH: Array, k_BKjH: Array, q_at_Bi: tuple[Array, ...], k_at_Bj: tuple[Array, ...], scale: float
 ) -> Array:
-    """Float32 [B, K, j, r], -inf where invisible; `at` is positions, segments and, of queries, prefixes."""
+    """Float32 [B, K, r, j], -inf where invisible; `at` is positions, segments and, of queries, prefixes."""
     (q_position_Bi, q_segment_Bi, q_prefix_Bi), (k_position_Bj, k_segment_Bj) = q_at_Bi, k_at_Bj
     see_Bij = reference.visible_BTS(q_position_Bi, k_position_Bj, q_segment_Bi, k_segment_Bj, q_prefix_Bi)
-    score_BKjr = _dot(k_BKjH, q_BKrH, 3, 3) * scale
-    B, K, j, _ = score_BKjr.shape
-    score_BKjiG = score_BKjr.reshape(B, K, j, see_Bij.shape[1], -1)
-    return jnp.where(see_Bij.swapaxes(1, 2)[:, None, :, :, None], score_BKjiG, -jnp.inf).reshape(score_BKjr.shape)
+    score_BKrj = _dot(q_BKrH, k_BKjH, 3, 3) * scale
+    B, K, _, j = score_BKrj.shape
+    score_BKiGj = score_BKrj.reshape(B, K, see_Bij.shape[1], -1, j)
+    return jnp.where(see_Bij[:, None, :, None], score_BKiGj, -jnp.inf).reshape(score_BKrj.shape)
 
 
 def _over_keys(sees_J: Array, body, carry):
@@ -166,15 +166,15 @@ def _forward(q_BKRH, k_BKSH, v_BKSH, q_at_BT, k_at_BS, scale):
         def keys(j, carry):
             top_BKr, sum_BKr, y_BKrH = carry
             k_at = tuple(_block(z_BS, j, k_blocks, 1) for z_BS in k_at_BS)
-            score_BKjr = _scores(q_BKrH, _block(k_BKSH, j, k_blocks, 2), q_at, k_at, scale)
-            new_BKr = jnp.maximum(top_BKr, score_BKjr.max(2))
+            score_BKrj = _scores(q_BKrH, _block(k_BKSH, j, k_blocks, 2), q_at, k_at, scale)
+            new_BKr = jnp.maximum(top_BKr, score_BKrj.max(3))
             safe_BKr = jnp.where(new_BKr == -jnp.inf, 0, new_BKr)
-            p_BKjr = jnp.exp(score_BKjr - safe_BKr[:, :, None])
+            p_BKrj = jnp.exp(score_BKrj - safe_BKr[..., None])
             shrink_BKr = jnp.exp(top_BKr - safe_BKr)
             y_BKrH = y_BKrH * shrink_BKr[..., None] + _dot(
-                p_BKjr.astype(v_BKSH.dtype), _block(v_BKSH, j, k_blocks, 2), 2, 2
+                p_BKrj.astype(v_BKSH.dtype), _block(v_BKSH, j, k_blocks, 2), 3, 2
             )
-            return new_BKr, sum_BKr * shrink_BKr + p_BKjr.sum(2), y_BKrH
+            return new_BKr, sum_BKr * shrink_BKr + p_BKrj.sum(3), y_BKrH
 
         zero_BKrH = jnp.zeros_like(q_BKrH, F32)
         start = (zero_BKrH[..., 0] - jnp.inf, zero_BKrH[..., 0], zero_BKrH)
@@ -201,18 +201,18 @@ def _backward(scale, saved, dy_BKRH):
     def queries(carry, i):
         q_BKrH, dy_BKrH = _block(q_BKRH, i, q_blocks, 2), _block(dy_BKRH, i, q_blocks, 2).astype(dtype)
         known_q_BKrH = _finite(q_BKrH)
-        lse_BK1r, delta_BK1r = (_block(z, i, q_blocks, 2)[:, :, None] for z in (lse_BKR, delta_BKR))
+        lse_BKr1, delta_BKr1 = (_block(z, i, q_blocks, 2)[..., None] for z in (lse_BKR, delta_BKR))
         q_at = tuple(_block(z_BT, i, q_blocks, 1) for z_BT in q_at_BT)
 
         def keys(j, carry):
             dq_BKrH, dk_BKSH, dv_BKSH = carry
             k_BKjH, v_BKjH = _block(k_BKSH, j, k_blocks, 2), _block(v_BKSH, j, k_blocks, 2)
             k_at = tuple(_block(z_BS, j, k_blocks, 1) for z_BS in k_at_BS)
-            p_BKjr = jnp.exp(_scores(q_BKrH, k_BKjH, q_at, k_at, scale) - lse_BK1r)
-            ds_BKjr = (p_BKjr * (_dot(v_BKjH, dy_BKrH, 3, 3) - delta_BK1r) * scale).astype(dtype)
-            dv_BKSH = _add_block(dv_BKSH, _dot(p_BKjr.astype(dtype), dy_BKrH, 3, 2), j, k_blocks)
-            dk_BKSH = _add_block(dk_BKSH, _dot(ds_BKjr, known_q_BKrH, 3, 2), j, k_blocks)
-            return dq_BKrH + _dot(ds_BKjr, _finite(k_BKjH), 2, 2), dk_BKSH, dv_BKSH
+            p_BKrj = jnp.exp(_scores(q_BKrH, k_BKjH, q_at, k_at, scale) - lse_BKr1)
+            ds_BKrj = (p_BKrj * (_dot(dy_BKrH, v_BKjH, 3, 3) - delta_BKr1) * scale).astype(dtype)
+            dv_BKSH = _add_block(dv_BKSH, _dot(p_BKrj.astype(dtype), dy_BKrH, 2, 2), j, k_blocks)
+            dk_BKSH = _add_block(dk_BKSH, _dot(ds_BKrj, known_q_BKrH, 2, 2), j, k_blocks)
+            return dq_BKrH + _dot(ds_BKrj, _finite(k_BKjH), 3, 2), dk_BKSH, dv_BKSH
 
         dq_BKRH, *dkv = carry
         dq_BKrH, *dkv = _over_keys(sees_IJ[i], keys, (jnp.zeros_like(q_BKrH, F32), *dkv))

@@ -218,8 +218,12 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
 
     path = tmp_path / "plan_glm45.json"
     path.write_text(json.dumps(found | {"peak_rss_gb": 4.0}))
-    assert "| glm45 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 20.00 (12.00) of 95 |" in script.table([path])
-    assert "arguments 5.25, temporaries 20.00; at the peak 17.25 GiB of 95.0: fits" in script.told(json.loads(path.read_text()))
+    assert "| glm45 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 20.00 (12.00) of 95 |" in script.table(
+        [path]
+    )
+    assert "arguments 5.25, temporaries 20.00; at the peak 17.25 GiB of 95.0: fits" in script.told(
+        json.loads(path.read_text())
+    )
 
 
 def test_a_mesh_as_text():

@@ -230,6 +230,29 @@ def test_rows_that_begin_alike_are_read_once_and_draw_what_they_draw_alone(weigh
         assert together[0].ids == together[1].ids == together[3].ids
 
 
+def test_rows_that_go_on_in_a_smaller_batch_draw_as_before_in_this_turn_and_the_next(weights, monkeypatch):
+    free = began(weights).turn(TURNS[0], DRAWN)
+    lengths = (2, 5, 1, 3)  # three batches: four rows, two, one
+    stops = [[done.ids[length - 1]] for done, length in zip(free, lengths, strict=True)]
+    stopping = Sampling(temperature=1.0, max_new_tokens=6, seed=5, stop_ids=tuple({stop for (stop,) in stops}))
+    kept, made_smaller = [], []
+    monkeypatch.setattr(
+        engine, "_take_rows", lambda state, some, take=engine._take_rows: made_smaller.append(some) or take(state, some)
+    )
+    for fewest in (engine.FEWEST_ROWS, 1):
+        monkeypatch.setattr(engine, "FEWEST_ROWS", fewest)
+        session = began(weights)
+        kept.append([*session.turn(TURNS[0], stopping), *session.turn(TURNS[1], stopping)])
+        kept[-1] += [experts.tolist() for experts in session.experts()]
+    for whole, halved in zip(*kept, strict=True):
+        if isinstance(whole, list):
+            assert whole == halved
+        else:
+            assert (whole.ids, whole.finish) == (halved.ids, halved.finish)
+            np.testing.assert_allclose(whole.logprobs, halved.logprobs, atol=1e-5)
+    assert {len(some) for some in made_smaller} == {1, 2}
+
+
 def test_draws_depend_on_the_seed(weights):
     other = Sampling(temperature=1.0, max_new_tokens=6, seed=6)
     ids = [[done.ids for done in began(weights).turn(TURNS[0], how)] for how in (DRAWN, other, DRAWN)]
