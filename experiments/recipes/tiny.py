@@ -76,12 +76,12 @@ def posttrain() -> Posttrain:
     chat_sft = replace(sft, dialogues=4500, epochs=2.5)
     return Posttrain(
         experts=(
-            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=2.2, direct_share=0.2),
+            Expert("reasoning", sft=sft, sft_levels=(1, 2), grpo=grpo, unify_share=2.8, direct_share=0.2),
             Expert("agent", sft=agent_sft, sft_levels=(1, 2), grpo=agent, unify_share=0.7, direct_share=0.4),
             Expert("chat", sft=chat_sft, sft_levels=(1, 2), grpo=chat, unify_share=3.8, direct_share=0.4),
         ),
         unify=Unify(
-            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.2),
+            prompts=2048, answers=1, sft=replace(long_sft, slips=0.0, epochs=2.3),
             grpo=replace(agent, steps=8, peak_lr=2e-4, thinking_share=0.5, hard_share=0.0),
         ),
         evaluation=Evaluation(tasks=256, answers=2),
