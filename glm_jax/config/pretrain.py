@@ -49,8 +49,8 @@ class Model:
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
-            self.rotary % 2 == 0 and 0 <= self.rotary <= self.H,
-            f"rope_fraction={self.rope_fraction} of H={self.H} rotates {self.rotary} dims; make it an even number up to H",
+            0 <= self.rotary + self.rotary % 2 <= self.H,
+            f"rope_fraction={self.rope_fraction} of H={self.H} rotates more pairs than a head has; use at most 1, or an even H",
         )
 
     @property
@@ -63,7 +63,7 @@ class Model:
 
     @property
     def rotary(self) -> int:
-        """Rotated dims of a head."""
+        """Rotated dims of a head, as published: of an odd number the last pairs with one more."""
         return int(self.H * self.rope_fraction)
 
     @property

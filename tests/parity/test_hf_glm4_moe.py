@@ -71,7 +71,7 @@ def settled(out, router_bias_LE, cfg, rows):
 
 @pytest.mark.parametrize("seed", seeds(0, 3, 6))  # QK-norm and biases: neither, both, biases alone
 def test_logits_of_padded_and_packed_rows(seed, tmp_path):
-    cfg = make.configuration(seed)
+    cfg = make.configuration(seed, **({"H": 10} if seed == 6 else {}))  # half of its dims is an odd number
     params, router_bias_LE = make.weights(cfg, seed)
     rows = make.batch(cfg, seed)
     hf.save(tmp_path / "hf", cfg, params, router_bias_LE)
