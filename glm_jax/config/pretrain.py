@@ -46,6 +46,10 @@ class Model:
         divides("K", self.K, "N", self.N)
         require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
         require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")
+        require(
+            self.norm_eps > 0 and self.rope_theta > 0,
+            f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
+        )
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(

@@ -30,8 +30,9 @@ from glm_jax.text.chat import stop_ids
 from glm_jax.text.tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**24  # of an array that are fetched at once
+TOKENIZER = "tokenizer.json"
 COMPANIONS = (  # files of a published folder that go with its weights unchanged
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,7 +65,7 @@ def save(
     """
     path = Path(path)
     arrays = {name: Held(w) for name, w in spec.leaves(params)}
-    if cfg.router_rows:
+    if cfg.router_rows and router_bias_LE is not None:
         arrays[ROUTER_BIAS] = Held(router_bias_LE)
     partial = begin(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +97,8 @@ def export(
     """Write all files into `folder`, less the weights' files that are there already. Yields bytes as they are written."""
     if shard_gb <= 0:
         raise ConfigError(f"shard_gb={shard_gb} must be positive")
+    if companions is not None:
+        check_tokenizer(companions, cfg)
     plans = _plan(cfg, arrays, dtype)
     shards = _shards(plans, shard_gb * 1e9)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +154,18 @@ def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: Any) -> list[_Planned
             raise ConfigError(f"{path} has shape {list(arrays[path].shape)}, but cfg makes it {list(one.shape)}")
     plans = []
     for path, one in declared.items():
-        own = np.dtype(arrays[path].dtype) if chosen is None or path == ROUTER_BIAS else chosen
+        own = chosen if chosen is not None and path != ROUTER_BIAS else _own_dtype(path, arrays[path])
         plans += [_Planned(tensor.name, path, number, one, own) for number, tensor in enumerate(names.tensors(one))]
     shared = {plan.path: plan for plan in plans if not plan.declared.batch}
     plans += [dataclasses.replace(shared[path], name=name) for name, path in names.copies(cfg).items()]
     return sorted(plans, key=lambda plan: -plan.dtype.itemsize)
+
+
+def _own_dtype(path: str, array: Source) -> np.dtype:
+    try:
+        return np.dtype(jnp.dtype(dtype_name(array.dtype)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _shards(plans: Sequence[_Planned], most: float) -> list[list[_Planned]]:
@@ -270,6 +280,13 @@ def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: P
     _json(folder / config.FILE, {**described, **ids})
 
 
+def check_tokenizer(folder: Path, cfg: Model) -> None:
+    """ConfigError where the `tokenizer.json` in `folder` lacks a special token, has more ids than `cfg` has rows, or is
+    none; silence where there is no such file."""
+    if (folder / TOKENIZER).is_file():
+        Tokenizer.load(folder / TOKENIZER, cfg.V)
+
+
 def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
     """Token ids of the companions' config.json, or by name from their tokenizer; null where nothing says."""
     ids: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
@@ -278,8 +295,8 @@ def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
     if (companions / config.FILE).is_file():
         there = json.loads((companions / config.FILE).read_text(encoding="utf-8"))
         return {name: there.get(name) for name in TOKEN_IDS}
-    if (companions / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(companions / "tokenizer.json", cfg.V)
+    if (companions / TOKENIZER).is_file():
+        tokenizer = Tokenizer.load(companions / TOKENIZER, cfg.V)
         ids |= {"eos_token_id": [*stop_ids(tokenizer)], "pad_token_id": tokenizer.end}
     return ids
 
