@@ -26,13 +26,13 @@ from glm_jax.hf.names import ROUTER_BIAS
 from glm_jax.hf.read import copy, dtype_name
 from glm_jax.hf.safetensors import INDEX, SINGLE, write
 from glm_jax.spec import Spec
-from glm_jax.text.chat import stop_ids
+from glm_jax.text.chat import STOPS, stop_ids
 from glm_jax.text.tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**24  # of an array that are fetched at once
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 COMPANIONS = (  # files of a published folder that go with its weights unchanged
-    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -265,7 +265,7 @@ def _overlap(out: np.ndarray, part: tuple[slice, ...], shard: Any, shape: tuple[
 
 
 def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: Path | None) -> None:
-    """config.json, generation_config.json and the companions."""
+    """config.json, generation_config.json, the companions, and the tokenizer's settings where they have none."""
     bytes_of: dict[str, int] = {}
     for plan in plans:
         bytes_of[plan.dtype.name] = bytes_of.get(plan.dtype.name, 0) + plan.bytes
@@ -277,6 +277,9 @@ def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: P
                 shutil.copyfile(companions / name, folder / name)
     if not (folder / "generation_config.json").exists():
         _json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if (folder / TOKENIZER).exists() and not (folder / TOKENIZER_CONFIG).exists():
+        ends = {"eos_token": STOPS[0], "pad_token": STOPS[0], "model_max_length": cfg.max_positions}
+        _json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
     _json(folder / config.FILE, {**described, **ids})
 
 
@@ -292,8 +295,9 @@ def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
     ids: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
     if companions is None:
         return ids
-    if (companions / config.FILE).is_file():
-        there = json.loads((companions / config.FILE).read_text(encoding="utf-8"))
+    described = companions / config.FILE  # in a data folder of ours, something else
+    there = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    if there.get("model_type") == config.MODEL_TYPE:
         return {name: there.get(name) for name in TOKEN_IDS}
     if (companions / TOKENIZER).is_file():
         tokenizer = Tokenizer.load(companions / TOKENIZER, cfg.V)

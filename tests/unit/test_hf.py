@@ -21,6 +21,7 @@ from glm_jax.config import ConfigError, Mesh
 from glm_jax.hf import config as published
 from glm_jax.hf import names, safetensors
 from glm_jax.hf import write as hf_write
+from glm_jax.text.chat import stop_ids
 
 CFG = make.configuration(3, mtp_layers=1, D=24, H=16, M=20, F=28, E=5, A=2, L=3, dense_layers=1)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -452,3 +453,17 @@ def test_tokenizer_files_without_the_special_tokens_or_with_too_many_ids_are_ref
     with pytest.raises(ConfigError, match=f"beside/tokenizer.json: the tokenizer.* {told}"):
         hf.save(tmp_path / "new", CFG, *tree, companions=tmp_path / "beside")
     assert not list(tmp_path.glob("new*"))
+
+
+def test_a_tokenizer_of_ours_tells_where_a_turn_ends(tmp_path):
+    """Beside it lies the config.json of a data folder, which says nothing about tokens."""
+    cfg = dataclasses.replace(CFG, V=TOKENIZER.vocab_size)
+    (tmp_path / "data").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    (tmp_path / "data" / "config.json").write_text('{"inputs": {}}')
+    hf.save(tmp_path / "hf", cfg, *make.weights(cfg, 3), companions=tmp_path / "data")
+    for file in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "hf" / file).read_text())
+        assert told["eos_token_id"] == list(stop_ids(TOKENIZER)) and told["pad_token_id"] == TOKENIZER.end
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TOKENIZER.template
