@@ -52,7 +52,7 @@ def main(args: Args) -> None:
 
     if not args.src.is_dir():
         raise ConfigError(f"--src {args.src} is no folder")
-    if (args.src / published.FILE).is_file():
+    if (args.src / published.FILE).is_file() or any(args.src.glob("*.safetensors")):
         to_run(args.src, args.dst, args.dtype, args.documents)
     else:
         to_hugging_face(args.src, args.dst, args.dtype, args.shard_gb)
@@ -63,16 +63,13 @@ def to_run(src: Path, dst: Path, dtype: str | None = None, documents: Path | Non
     """From Hugging Face's form to a stage's folder with one orbax checkpoint."""
     from glm_jax.data.heldout import read_held_out
     from glm_jax.hf import Checkpoint
-    from glm_jax.hf.write import COMPANIONS, begin
+    from glm_jax.hf.write import COMPANIONS, begin, check_tokenizer
     from glm_jax.train import checkpoint
 
     source = Checkpoint(src, dtype)
+    check_tokenizer(src, source.cfg)
     if documents is not None:
         read_held_out(documents)  # raises where there are none
-    if not source.cfg.router_rows:
-        raise ConfigError(
-            f"{src} has no MoE layer, and orbax holds no empty balance bias; use glm_jax.hf.load in Python"
-        )
     sizes = {path: declared.count * source.dtypes[path].itemsize for path, declared in source.weights.items()}
     files = {file.name: file.stat().st_size for file in sorted(src.glob("*.safetensors"))}
     partial = begin(dst)

@@ -46,11 +46,15 @@ class Model:
         divides("K", self.K, "N", self.N)
         require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
         require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")
+        require(
+            self.norm_eps > 0 and self.rope_theta > 0,
+            f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
+        )
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
-            self.rotary % 2 == 0 and 0 <= self.rotary <= self.H,
-            f"rope_fraction={self.rope_fraction} of H={self.H} rotates {self.rotary} dims; make it an even number up to H",
+            0 <= self.rotary + self.rotary % 2 <= self.H,
+            f"rope_fraction={self.rope_fraction} of H={self.H} rotates more pairs than a head has; use at most 1, or an even H",
         )
 
     @property
@@ -63,7 +67,7 @@ class Model:
 
     @property
     def rotary(self) -> int:
-        """Rotated dims of a head."""
+        """Rotated dims of a head, as published: of an odd number the last pairs with one more."""
         return int(self.H * self.rope_fraction)
 
     @property

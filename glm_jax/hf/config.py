@@ -8,7 +8,7 @@ from typing import Any, get_args
 from glm_jax.config import ConfigError, DType, Model
 
 FILE = "config.json"
-MODEL_TYPE = "glm4_moe"
+MODEL_TYPE, ARCHITECTURE = "glm4_moe", "Glm4MoeForCausalLM"
 
 NAMES = {  # field of Model: name there
     "V": "vocab_size", "D": "hidden_size", "L": "num_hidden_layers", "dense_layers": "first_k_dense_replace",
@@ -56,10 +56,11 @@ def read(folder: Path) -> Published:
         there = None
     if not isinstance(there, dict):
         raise ConfigError(f"{path} is no JSON object; download it again")
-    if there.get("model_type") != MODEL_TYPE:
+    classes = there.get("architectures") or [ARCHITECTURE]
+    if there.get("model_type") != MODEL_TYPE or ARCHITECTURE not in classes:
         raise ConfigError(
             f"{path}: model_type is {there.get('model_type')!r}, architectures {there.get('architectures')}; "
-            f"only {MODEL_TYPE!r} (GLM-4.5, 4.6, 4.7) can be loaded"
+            f"only {MODEL_TYPE!r}, {ARCHITECTURE} (GLM-4.5, 4.6, 4.7) can be loaded"
         )
     for name, value in FIXED.items():
         if there.get(name, value) not in (value, None):
@@ -98,7 +99,10 @@ def _model(there: dict[str, Any], path: Path, mtp_layers: int | None, dtype: DTy
             name = NAMES.get(field) or OPTIONAL.get(field, (field,))[0]
             raise ConfigError(f"{path}: {name} is {value!r}, where {kind.__name__} is expected")
     H = fields["D"] // max(fields["N"], 1)
-    return Model(**{"H": H, **fields, "rope_theta": float(fields["rope_theta"])}, dtype=dtype)
+    try:
+        return Model(**{"H": H, **fields, "rope_theta": float(fields["rope_theta"])}, dtype=dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _block(there: dict[str, Any], path: Path) -> tuple[int, int]:
@@ -129,7 +133,7 @@ def written(cfg: Model, dtype: DType) -> dict[str, Any]:
     """`config.json` for `cfg` with weights of `dtype`, in both spellings, so that older readers find theirs."""
     rope = {"rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rope_fraction}
     return {
-        "architectures": ["Glm4MoeForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **{name: getattr(cfg, field) for field, name in NAMES.items()},
         **{name: getattr(cfg, field) for field, (name, _) in OPTIONAL.items()},

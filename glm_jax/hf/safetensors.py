@@ -32,6 +32,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LENGTH_BYTES = 8
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, what a file system or a limit lets a file be
 
 
 @dataclass(frozen=True)
@@ -81,36 +82,54 @@ def entries(folder: Path) -> dict[str, Entry]:
     named = _json(index.read_bytes(), index).get("weight_map")
     if not isinstance(named, dict):
         raise ConfigError(f"{index} has no weight_map that says which file holds each tensor; download it again")
+    for name, file in named.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(
+                f"{index} says that {name} is in {file!r}, where the name of a file beside it is expected"
+            )
     absent = sorted({file for file in named.values() if not (folder / file).is_file()})
     if absent:
         raise ConfigError(f"{index} names {len(absent)} files that are not there: {shown(absent)}; download them")
     found = {entry.name: entry for file in sorted(set(named.values())) for entry in header(folder / file)}
     for name, file in named.items():
-        if name not in found or found[name].file.name != Path(file).name:
+        if name not in found or found[name].file.name != file:
             raise ConfigError(f"{index} says that {name} is in {file}, but that file does not hold it")
     return found
 
 
 def header(path: Path) -> Iterator[Entry]:
-    """The tensors of one file, after checking that it is whole."""
+    """The tensors of one file in the order of their data, after checking that they fill it, without hole or overlap."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(LENGTH_BYTES), "little")
         if LENGTH_BYTES + length > size:
             raise ConfigError(f"{path} is truncated: a header of {length} bytes in a file of {size}; download it again")
         described = _json(f.read(length), path)
-    start = LENGTH_BYTES + length
     described.pop("__metadata__", None)
-    for name, one in described.items():
-        try:
-            code, shape, (begin, end) = one["dtype"], tuple(one["shape"]), one["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise ConfigError(f"{path} is damaged: {name} is described as {one}; download it again") from None
-        if start + end > size:
-            raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; download it again")
-        if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != end - begin:
-            raise ConfigError(f"{path}: {name} is {code} {list(shape)}, but has {end - begin} bytes")
+    start = end = LENGTH_BYTES + length
+    for begin, stop, name, code, shape in sorted(_described(path, *item) for item in described.items()):
+        if start + begin != end:
+            raise ConfigError(
+                f"{path} is damaged: {name} begins at byte {start + begin}, where the one before ends at {end}; download it again"
+            )
+        end = start + stop
+        if end > size:
+            raise ConfigError(f"{path} is truncated: {name} ends at byte {end} of {size}; download it again")
+        if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - begin:
+            raise ConfigError(f"{path}: {name} is {code} {list(shape)}, but has {stop - begin} bytes")
         yield Entry(name, path, code, shape, start + begin)
+    if end != size:
+        raise ConfigError(f"{path} is damaged: its tensors end at byte {end} of {size}; download it again")
+
+
+def _described(path: Path, name: str, one: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """(begin, end, name, dtype, shape) of a tensor in a header."""
+    match one:
+        case {"dtype": str(code), "shape": [*shape], "data_offsets": [begin, end]} if all(
+            isinstance(n, int) and n >= 0 for n in (*shape, begin, end)
+        ):
+            return begin, end, name, code, tuple(shape)
+    raise ConfigError(f"{path} is damaged: {name} is described as {one}; download it again")
 
 
 @contextlib.contextmanager
@@ -137,7 +156,7 @@ def write(
             f.flush()
             os.fsync(f.fileno())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(path.parent).free
         told = f"{error.strerror} for its {size} bytes ({free} are free now); make room, or name another disk"

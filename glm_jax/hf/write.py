@@ -26,12 +26,13 @@ from glm_jax.hf.names import ROUTER_BIAS
 from glm_jax.hf.read import copy, dtype_name
 from glm_jax.hf.safetensors import INDEX, SINGLE, write
 from glm_jax.spec import Spec
-from glm_jax.text.chat import stop_ids
+from glm_jax.text.chat import STOPS, stop_ids
 from glm_jax.text.tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**24  # of an array that are fetched at once
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 COMPANIONS = (  # files of a published folder that go with its weights unchanged
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,7 +65,7 @@ def save(
     """
     path = Path(path)
     arrays = {name: Held(w) for name, w in spec.leaves(params)}
-    if cfg.router_rows:
+    if cfg.router_rows and router_bias_LE is not None:
         arrays[ROUTER_BIAS] = Held(router_bias_LE)
     partial = begin(path)
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +97,8 @@ def export(
     """Write all files into `folder`, less the weights' files that are there already. Yields bytes as they are written."""
     if shard_gb <= 0:
         raise ConfigError(f"shard_gb={shard_gb} must be positive")
+    if companions is not None:
+        check_tokenizer(companions, cfg)
     plans = _plan(cfg, arrays, dtype)
     shards = _shards(plans, shard_gb * 1e9)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,11 +154,18 @@ def _plan(cfg: Model, arrays: Mapping[str, Source], dtype: Any) -> list[_Planned
             raise ConfigError(f"{path} has shape {list(arrays[path].shape)}, but cfg makes it {list(one.shape)}")
     plans = []
     for path, one in declared.items():
-        own = np.dtype(arrays[path].dtype) if chosen is None or path == ROUTER_BIAS else chosen
+        own = chosen if chosen is not None and path != ROUTER_BIAS else _own_dtype(path, arrays[path])
         plans += [_Planned(tensor.name, path, number, one, own) for number, tensor in enumerate(names.tensors(one))]
     shared = {plan.path: plan for plan in plans if not plan.declared.batch}
     plans += [dataclasses.replace(shared[path], name=name) for name, path in names.copies(cfg).items()]
     return sorted(plans, key=lambda plan: -plan.dtype.itemsize)
+
+
+def _own_dtype(path: str, array: Source) -> np.dtype:
+    try:
+        return np.dtype(jnp.dtype(dtype_name(array.dtype)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _shards(plans: Sequence[_Planned], most: float) -> list[list[_Planned]]:
@@ -255,7 +265,7 @@ def _overlap(out: np.ndarray, part: tuple[slice, ...], shard: Any, shape: tuple[
 
 
 def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: Path | None) -> None:
-    """config.json, generation_config.json and the companions."""
+    """config.json, generation_config.json, the companions, and the tokenizer's settings where they have none."""
     bytes_of: dict[str, int] = {}
     for plan in plans:
         bytes_of[plan.dtype.name] = bytes_of.get(plan.dtype.name, 0) + plan.bytes
@@ -267,7 +277,17 @@ def _describe(folder: Path, cfg: Model, plans: Iterable[_Planned], companions: P
                 shutil.copyfile(companions / name, folder / name)
     if not (folder / "generation_config.json").exists():
         _json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if (folder / TOKENIZER).exists() and not (folder / TOKENIZER_CONFIG).exists():
+        ends = {"eos_token": STOPS[0], "pad_token": STOPS[0], "model_max_length": cfg.max_positions}
+        _json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
     _json(folder / config.FILE, {**described, **ids})
+
+
+def check_tokenizer(folder: Path, cfg: Model) -> None:
+    """ConfigError where the `tokenizer.json` in `folder` lacks a special token, has more ids than `cfg` has rows, or is
+    none; silence where there is no such file."""
+    if (folder / TOKENIZER).is_file():
+        Tokenizer.load(folder / TOKENIZER, cfg.V)
 
 
 def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
@@ -275,11 +295,12 @@ def _token_ids(cfg: Model, companions: Path | None) -> dict[str, Any]:
     ids: dict[str, Any] = dict.fromkeys(TOKEN_IDS)
     if companions is None:
         return ids
-    if (companions / config.FILE).is_file():
-        there = json.loads((companions / config.FILE).read_text(encoding="utf-8"))
+    described = companions / config.FILE  # in a data folder of ours, something else
+    there = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+    if there.get("model_type") == config.MODEL_TYPE:
         return {name: there.get(name) for name in TOKEN_IDS}
-    if (companions / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(companions / "tokenizer.json", cfg.V)
+    if (companions / TOKENIZER).is_file():
+        tokenizer = Tokenizer.load(companions / TOKENIZER, cfg.V)
         ids |= {"eos_token_id": [*stop_ids(tokenizer)], "pad_token_id": tokenizer.end}
     return ids
 

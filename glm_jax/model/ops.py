@@ -13,13 +13,13 @@ def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
 
 
 def rotary_angles(positions_BT: Array, rotary: int, theta: float) -> Array:
-    """Angle of each rotated pair, float32 [B, T, rotary/2]: position * theta^(-2j/rotary)."""
+    """Angle of each rotated pair, float32 [B, T, rotary/2 rounded up]: position * theta^(-2j/rotary)."""
     frequency = theta ** (-jnp.arange(0, rotary, 2, dtype=jnp.float32) / rotary)
     return positions_BT[..., None].astype(jnp.float32) * frequency
 
 
 def rope(z_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
-    """Rotate the first dims of every head, half-split: dim i pairs with i + rotary/2 (spec 1.3); the rest pass."""
+    """Rotate the first dims of every head, half-split: dim i pairs with i + their number (spec 1.3); the rest pass."""
     half = cos_BTH.shape[-1]
     cos, sin = (a[:, :, None, :].astype(z_BTNH.dtype) for a in (cos_BTH, sin_BTH))
     first, second, rest = z_BTNH[..., :half], z_BTNH[..., half : 2 * half], z_BTNH[..., 2 * half :]

@@ -4,6 +4,7 @@ A stage's folder holds `run.json` (the run's canonical configuration and the sta
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from glm_jax import config, mesh, model
@@ -37,31 +39,44 @@ class Checkpoints:
 
     def save(self, step: int, now: State, meta: dict[str, Any]) -> None:
         """Write `now` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
-        how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), now)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(now, save_args=how), meta=ocp.args.JsonSave(meta))
+        held = _held(now)
+        how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), held)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(held, save_args=how), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state of `step` in the layout of `like` (arrays or shapes with shardings), and its meta."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(_held(like)), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["meta"]
+        now = restored["state"]
+        if now.router_bias_LE is None:
+            now = dataclasses.replace(
+                now, router_bias_LE=jnp.zeros(like.router_bias_LE.shape, like.router_bias_LE.dtype)
+            )
+        return now, restored["meta"]
 
     def restore_params(self, step: int, cfg: Model) -> tuple[model.GLM, jax.Array]:
         """Parameters and router bias alone, on the mesh that is set or the default device; the optimizer's state is
         never read."""
         params, router_bias_LE = jax.eval_shape(lambda: state.fresh(cfg, jax.random.key(0)))
-        wanted = {"params": mesh.concrete(params), "router_bias_LE": mesh.concrete(router_bias_LE)}
+        wanted = {"params": mesh.concrete(params)}
+        if cfg.router_rows:
+            wanted["router_bias_LE"] = mesh.concrete(router_bias_LE)
         how = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
         restored = self._manager.restore(step, args=args)["state"]
-        return restored["params"], restored["router_bias_LE"]
+        return restored["params"], restored["router_bias_LE"] if cfg.router_rows else model.router_bias(cfg)
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _held(now: State) -> State:
+    """`now` as orbax saves it, who refuses an empty array: without the balance bias of a model that has no router."""
+    return now if now.router_bias_LE.size else dataclasses.replace(now, router_bias_LE=None)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def _skeleton(folder: Path, cfg: Model, dtypes: Mapping[str, np.dtype]) -> None:
         return np.zeros((), dtypes[spec.path_name(keys)])
 
     tree = {PARAMS: jax.tree_util.tree_map_with_path(number, model.specs(cfg))}
-    tree[ROUTER_BIAS] = np.zeros((), np.float32)
+    tree |= {ROUTER_BIAS: np.zeros((), np.float32)} if cfg.router_rows else {}
     handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=False), "meta": ocp.JsonCheckpointHandler()}
     absl = logging.getLogger("absl")
     before = absl.level

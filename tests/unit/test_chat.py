@@ -249,7 +249,7 @@ def calls(*given):
         (calls({"name": "f", "arguments": [1]}), None, "must be a JSON object"),
         (calls({"name": "f", "arguments": {"a": {1, 2}}}), None, "argument 'a'.*not JSON"),
         (calls({"name": "f", "arguments": {"a": float("nan")}}), None, "argument 'a'.*not JSON"),
-        ([USER], [{"name": "f"}], "tool 'f' has parameters=None"),
+        ([USER], [{"name": "f", "parameters": "none"}], "tool 'f' has parameters='none'"),
         ([USER], [{"name": "f", "parameters": {"type": "string"}}], "JSON schema of an object"),
         ([USER], [{"type": "function", "function": {"parameters": {"type": "object"}}}], "no name"),
     ],

@@ -55,6 +55,16 @@ def test_there_and_back(published, tmp_path, capsys, monkeypatch):
     np.testing.assert_array_equal(router_bias_LE, bias_wanted)
 
 
+def test_a_model_without_experts(tmp_path):
+    """Its balance bias has no rows, and orbax saves no empty array."""
+    cfg = make.configuration(1, L=2, dense_layers=2, mtp_layers=0)
+    hf.save(tmp_path / "dense", cfg, *make.weights(cfg, 1))
+    convert.to_run(tmp_path / "dense", tmp_path / "run")
+    convert.to_hugging_face(tmp_path / "run", tmp_path / "back")
+    assert files(tmp_path / "back") == files(tmp_path / "dense")
+    assert checkpoint.load_params(tmp_path / "run")[2].shape == (0, cfg.E)
+
+
 def test_an_interrupted_conversion_goes_on(published, tmp_path, monkeypatch):
     convert.to_run(published, tmp_path / "whole")
     read, left = hf.Checkpoint.read, [20]
@@ -148,13 +158,16 @@ def test_what_is_refused(published, tmp_path):
         convert.main(convert.Args(tmp_path, tmp_path / "run"))
     with pytest.raises(ConfigError, match="exists and is not empty"):
         convert.main(convert.Args(published, published))
-    dense = make.configuration(1, L=2, dense_layers=2, mtp_layers=0)
-    hf.save(tmp_path / "dense", dense, *make.weights(dense, 1))
-    with pytest.raises(ConfigError, match="has no MoE layer"):
-        convert.main(convert.Args(tmp_path / "dense", tmp_path / "run"))
-    shutil.rmtree(tmp_path / "dense")
     broken = tmp_path / "broken"
     shutil.copytree(published, broken)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"broken/tokenizer.json is no whole tokenizer.json"):
+        convert.main(convert.Args(broken, tmp_path / "run"))
+    (broken / "tokenizer.json").unlink()
+    described = (broken / "config.json").rename(broken / "other.json")
+    with pytest.raises(ConfigError, match=r"broken has no config.json"):
+        convert.main(convert.Args(broken, tmp_path / "run"))
+    described.rename(broken / "config.json")
     sorted(broken.glob("*.safetensors"))[0].unlink()
     with pytest.raises(ConfigError, match="not there: model-00001"):
         convert.main(convert.Args(broken, tmp_path / "run"))

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import re
 
 import jax
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import random_models as make
+from chat_material import TOKENIZER
 
 from experiments import recipes
 from glm_jax import hf, mesh, model, spec
@@ -19,6 +21,7 @@ from glm_jax.config import ConfigError, Mesh
 from glm_jax.hf import config as published
 from glm_jax.hf import names, safetensors
 from glm_jax.hf import write as hf_write
+from glm_jax.text.chat import stop_ids
 
 CFG = make.configuration(3, mtp_layers=1, D=24, H=16, M=20, F=28, E=5, A=2, L=3, dense_layers=1)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -307,12 +310,34 @@ def test_truncated_and_damaged_files(folder):
     path.write_bytes(whole[:100])
     with pytest.raises(ConfigError, match="truncated: a header of"):
         hf.load(folder, dtype=None)
-    for text in (b"\xff\xff", b"[1]", b'{"lm_head.weight": {"dtype": "F32"}}', b'{"lm_head.weight": 3}'):
+    described = b'{"lm_head.weight": {"dtype": "F32", "shape": [%b], "data_offsets": [%b]}}'
+    for text in (
+        *(b"\xff\xff", b"[1]", b'{"lm_head.weight": {"dtype": "F32"}}', b'{"lm_head.weight": 3}'),
+        *(described % pair for pair in ((b'"1"', b"0, 4"), (b"-1", b"0, 4"), (b"1", b"0"), (b"1", b"-4, 0"))),
+    ):
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         with pytest.raises(ConfigError, match=r"model.safetensors is damaged"):
             hf.load(folder, dtype=None)
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"config.json is no JSON object"):
+        hf.load(folder, dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("move", "more", "told"),
+    [(-4, b"", r"begins at byte \d+, where the one before ends at \d+"), (0, b"x", r"end at byte \d+ of \d+")],
+)
+def test_a_file_is_filled_by_its_tensors(folder, move, more, told):
+    """As the safetensors library demands: what overlaps or is left over was written by something that failed."""
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    described = json.loads(whole[8 : 8 + length])
+    last = max(described.keys() - {"__metadata__"}, key=lambda name: described[name]["data_offsets"])
+    described[last]["data_offsets"] = [place + move for place in described[last]["data_offsets"]]
+    text = json.dumps(described, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(whole[:8] + text + whole[8 + length :] + more)
+    with pytest.raises(ConfigError, match=f"model.safetensors is damaged: .*{told}"):
         hf.load(folder, dtype=None)
 
 
@@ -328,6 +353,10 @@ def test_an_index_that_names_what_is_not_there(tree, tmp_path):
     index.write_text(json.dumps(there))
     with pytest.raises(ConfigError, match=r"says that lm_head.weight is in .*, but that file does not hold it"):
         hf.load(tmp_path / "hf", dtype=None)
+    for file in (7, "../hf/model-00001.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+        with pytest.raises(ConfigError, match=rf"lm_head.weight is in {file!r}, where the name of a file beside it"):
+            hf.load(tmp_path / "hf", dtype=None)
     index.write_text('{"weight_map": ["model-00001-of-00002.safetensors"]}')
     with pytest.raises(ConfigError, match="has no weight_map"):
         hf.load(tmp_path / "hf", dtype=None)
@@ -336,14 +365,16 @@ def test_an_index_that_names_what_is_not_there(tree, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "llama"}, "config.json: model_type is 'llama'"),
+        ({"architectures": ["Glm4ForCausalLM"]}, r"architectures \['Glm4ForCausalLM'\]; only 'glm4_moe', Glm4MoeFor"),
         ({"n_group": 8}, "n_group is 8"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"hidden_size": "gone"}, "does not name hidden_size"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'"),
-        ({"num_key_value_heads": 5}, "not a multiple of K=5"),
+        ({"num_key_value_heads": 5}, "config.json: .* not a multiple of K=5"),
+        ({"rms_norm_eps": math.nan}, "config.json: norm_eps=nan .* must be positive"),
         ({"num_attention_heads": 0, "head_dim": "gone"}, "N=0 must be at least 1"),
         ({"hidden_size": "24"}, "hidden_size is '24', where int is expected"),
         ({"use_qk_norm": 1.0}, "use_qk_norm is 1.0, where bool is expected"),
@@ -383,22 +414,56 @@ def test_what_cannot_be_written(tree, folder, tmp_path):
     wide = dataclasses.replace(CFG, V=CFG.V + 1)
     with pytest.raises(ConfigError, match=r"embed_VD has shape .* but cfg makes it"):
         hf.save(tmp_path / "new", wide, *tree)
+    with pytest.raises(ConfigError, match="router_bias_LE in one of them only"):
+        hf.save(tmp_path / "new", CFG, tree[0], None)
+    with pytest.raises(ConfigError, match="embed_VD: dtype=int32: parameters are float32"):
+        hf.save(tmp_path / "new", CFG, jax.tree.map(lambda z: np.asarray(z, np.int32), tree[0]), tree[1])
     assert not (tmp_path / "new").exists() and not (tmp_path / "new.partial").exists()
     (tmp_path / "empty").mkdir()
     hf.save(tmp_path / "empty", CFG, *tree)
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
-def test_a_full_disk_leaves_nothing(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_leaves_nothing(number, tree, tmp_path, monkeypatch):
     room = [20_000]
 
     def write(file, block):
         room[0] -= block.nbytes
         if room[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         file.write(np.ascontiguousarray(block).view(np.uint8).data)
 
     monkeypatch.setattr(safetensors, "_put", write)
-    with pytest.raises(OSError, match=r"No space left on device for its \d+ bytes .*model.safetensors'"):
+    with pytest.raises(OSError, match=rf"{os.strerror(number)} for its \d+ bytes .*model.safetensors'"):
         hf.save(tmp_path / "new", CFG, *tree)
     assert room[0] < 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokenizer_files_without_the_special_tokens_or_with_too_many_ids_are_refused(special, tree, tmp_path):
+    text = TOKENIZER.dumps() if special else json.dumps(json.loads(TOKENIZER.dumps()) | {"added_tokens": []})
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "tokenizer.json").write_text(text)
+    told = (
+        f"ids up to 336 do not fit vocab_size={CFG.V}"
+        if special
+        else r"has no <\|endoftext\|> .*36 special tokens are missing"
+    )
+    with pytest.raises(ConfigError, match=f"beside/tokenizer.json: the tokenizer.* {told}"):
+        hf.save(tmp_path / "new", CFG, *tree, companions=tmp_path / "beside")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_a_tokenizer_of_ours_tells_where_a_turn_ends(tmp_path):
+    """Beside it lies the config.json of a data folder, which says nothing about tokens."""
+    cfg = dataclasses.replace(CFG, V=TOKENIZER.vocab_size)
+    (tmp_path / "data").mkdir()
+    TOKENIZER.save(tmp_path / "data" / "tokenizer.json")
+    (tmp_path / "data" / "config.json").write_text('{"inputs": {}}')
+    hf.save(tmp_path / "hf", cfg, *make.weights(cfg, 3), companions=tmp_path / "data")
+    for file in ("config.json", "generation_config.json"):
+        told = json.loads((tmp_path / "hf" / file).read_text())
+        assert told["eos_token_id"] == list(stop_ids(TOKENIZER)) and told["pad_token_id"] == TOKENIZER.end
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == TOKENIZER.template

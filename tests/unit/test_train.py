@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from experiments import recipes
@@ -127,6 +128,19 @@ def test_a_checkpoint_comes_back_bit_for_bit_on_a_mesh(stage):
         restored, meta = checkpoint.Checkpoints(folder).restore(7, state.abstract(CFG, TX))
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
     assert meta == {"data": {"microbatch": 3}, "seconds": 1.5}
+
+
+def test_a_model_without_experts_has_checkpoints_too(tmp_path):
+    """Its balance bias has no rows; orbax saves no empty array."""
+    cfg = config.replace(CFG, **{"L": 1, "dense_layers": 1, "mtp_layers": 0})
+    saved = state.create(cfg, optax.sgd(1.0), 3)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(0, saved, {})
+    checkpoints.close()
+    restored, _ = checkpoint.Checkpoints(tmp_path).restore(0, state.abstract(cfg, optax.sgd(1.0)))
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    alone = checkpoint.Checkpoints(tmp_path).restore_params(0, cfg)
+    jax.tree.map(np.testing.assert_array_equal, alone, (saved.params, saved.router_bias_LE))
 
 
 def test_parameters_load_from_the_folder_alone(stage):
