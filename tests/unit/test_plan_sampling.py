@@ -2,14 +2,19 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import recipes
-from glm_jax import model, plan
-from glm_jax.config import ConfigError, Mesh, replace
+from glm_jax import mesh, model, plan
+from glm_jax.config import GRPO, ConfigError, Mesh, replace
+from glm_jax.envs.task import Task
 from glm_jax.model import counts
-from glm_jax.plan import analytic, sampling
+from glm_jax.plan import analytic, program, sampling
 from glm_jax.plan.target import GIB
+from glm_jax.rl.batch import microbatches
+from glm_jax.rl.sample import Sample
 from glm_jax.spec import leaves
 
 POD = plan.target("v5p:8x8x8")
@@ -29,6 +34,25 @@ def test_grpo_holds_its_own_optimizer_and_leaves_the_mtp_layer_out():
     assert analytic.operations(grpo)["optimizer"] == 0
     without = plan.check(replace(GLM45, **{"model.mtp_layers": 0}), POD, sizes, 512, 4096, "grpo")
     assert analytic.traffic(grpo)["fsdp all-gather"] == pytest.approx(analytic.traffic(without)["fsdp all-gather"])
+
+
+def test_the_planned_update_takes_what_rl_gives():
+    run = recipes.get("smoke")
+    settings = GRPO(max_new_tokens=4, max_tokens=16, seq_len=16, microbatch_rows=2)
+    group = []
+    for reward in (0.0, 1.0):
+        sample = Sample(Task("reasoning", "", 1, 0, (), None, 1, None))
+        sample.give([1, 2, 3])
+        sample.draw([4, 5], [-1.0, -2.0])
+        sample.took(np.zeros((4, run.model.moe_layers, run.model.A), np.int16))
+        sample.end(reward, "solved" if reward else "wrong")
+        group.append(sample)
+    given = microbatches([group], settings, end=0)[0]
+    with jax.set_mesh(mesh.make(Mesh(), jax.devices()[:1])):
+        planned = program._batch(dataclasses.replace(analytic.work(run, Mesh(fsdp=1), 2, 16), step="grpo"))
+    assert {name: (z.shape[1:], z.dtype) for name, z in planned.items()} == {
+        name: (z.shape, z.dtype) for name, z in given.items()
+    }
 
 
 def test_sampling_holds_weights_in_use_and_the_cache():
