@@ -173,7 +173,9 @@ def _does_not_fit(work: Work, machine: Target, needed: dict[str, float]) -> str:
 
 
 def _smallest(work: Work, machine: Target) -> str:
-    """The smallest topology of the same chip on which the same batch would fit, by arithmetic."""
+    """What would fit by arithmetic: a wider expert axis where that helps, else the smallest topology of the same chip."""
+    if work.step == "sample" and (other := sampling.wider(work, machine.chip.memory)):
+        return f"A wider expert axis fits by arithmetic: {mesh.told(other.axes)}"
     for name in names(machine.kind):
         other = target(name)
         expert, context = work.axes[mesh.EXPERT], work.axes[mesh.CONTEXT]

@@ -1,6 +1,7 @@
 """What sampling needs at the least, by arithmetic, as `analytic` has it for a training step: of "prefill", which reads the
 prompts into the cache, and of "decode", one token of every row. Weights are held as they are used, in the model's dtype."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -73,6 +74,18 @@ def memory(now: Work) -> dict[str, float]:
     noted = BF16 * cfg.moe_layers * cfg.A + 2 * INT32  # of each token: its experts, and where it stands
     token = counts.kv_bytes_per_token(cfg, itemsize(now)) + noted
     return {"weights in use": weights, "cache": now.rows / now.devices * now.length * token}
+
+
+def wider(now: Work, room: float) -> Work | None:
+    """The same over the smallest larger expert axis with which it needs no more than `room` bytes: that axis alone splits weights
+    in use."""
+    across = now.axes[mesh.FSDP] * now.axes[mesh.EXPERT]
+    for expert in range(now.axes[mesh.EXPERT] + 1, across + 1):
+        if across % expert == 0 and now.run.model.E % expert == 0:
+            other = dataclasses.replace(now, axes=now.axes | {mesh.FSDP: across // expert, mesh.EXPERT: expert})
+            if sum(memory(other).values()) <= room:
+                return other
+    return None
 
 
 def operations(now: Work) -> dict[str, float]:

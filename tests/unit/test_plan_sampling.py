@@ -106,7 +106,7 @@ def test_programs_add_up_to_a_turn():
         (Mesh(fsdp=8, expert=32, context=2), 512, 8192, "mesh.context=2 splits rows of tokens"),
         (WIDE, 1536, 8192, "batch=1536: sampling is compiled for 512 times a power of two"),
         (WIDE, 512, 6000, "seq=6000: sampling is compiled for 32 times a power of two, half of a row being prompt; use 8192"),
-        (Mesh(fsdp=64, expert=8), 512, 8192, "what overflows is weights in use"),
+        (Mesh(fsdp=64, expert=8), 512, 8192, "A wider expert axis fits by arithmetic: data=1, fsdp=32, context=1, expert=16"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_sampled_is_refused(sizes, rows, length, told):
