@@ -1,10 +1,12 @@
-"""Plan a training step for machines that are not here: its memory, operations and traffic, from the chips' own compiler.
+"""Plan a step of training, RL or sampling for machines that are not here: its memory, operations and traffic, from the chips' own compiler.
 
     python -m experiments.plan --recipe glm45 --topology v5p:8x8x8 --mesh fsdp=64,expert=8 --batch 512 --seq 4096 --out plan.json
     python -m experiments.plan --recipe air --topology h200:1x1x8 --mesh expert=8 --batch 64 --seq 4096
+    python -m experiments.plan --recipe glm45 --topology v5p:4x4x8 --mesh fsdp=4,expert=32 --step sample --batch 128 --seq 8192
+    python -m experiments.plan --recipe glm45 --topology v5p:8x8x8 --batch 512 --seq 4096 --search --out search.json
     python -m experiments.plan --table
 
-The train step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
+The step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
 pins, for H200 with its CUDA plug-in. What cannot be laid out, or cannot fit by arithmetic, is refused in seconds.
 All figures are of one device and one step: GiB of 2^30 bytes, bytes that a device receives, floating-point operations.
 Temporaries are jax's memory_analysis().temp_size_in_bytes, by which other code bases are measured too. Where arguments are
@@ -12,6 +14,7 @@ donated it counts more than is held at once: what is held at the peak is told be
 `--table` prints the table of all plans in experiments/results.
 """
 
+import dataclasses
 import json
 import os
 import threading
@@ -19,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +50,13 @@ class Args:
     """What the backward pass computes again; by default the recipe's."""
     slices: int = 1
     """So many of the topology, joined by a slower network; the data axis goes over them."""
-    step: Literal["train"] = "train"
-    """The program to plan."""
+    step: Literal["train", "grpo", "sample"] = "train"
+    """What to plan: pre-training's step; RL's update on answers (settings: post.unify.grpo); or sampling, in which each of --batch
+    rows reads half of --seq tokens (prefill) and draws the other half (decode, one token after another)."""
+    search: bool = False
+    """Try every mesh that divides the topology, instead of --mesh: by arithmetic, and the best with the compiler."""
+    best: int = 3
+    """So many meshes that fit are compiled in a search."""
     out: Path | None = None
     """Write the plan here, as JSON."""
     table: bool = False
@@ -61,19 +70,39 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
         return None
     run = replace(run, **{"model.remat": args.remat}) if args.remat else run
     sizes = mesh_of(args, run)
+    if args.batch < 1 or args.seq < 1 or args.best < 1:
+        raise ConfigError(f"--batch {args.batch}, --seq {args.seq} and --best {args.best} must be at least 1")
     machine = _machine(args)
     if args.out and not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
+    if args.out and args.out.is_dir():
+        raise ConfigError(f"--out {args.out} is a folder; give a file in it, e.g. {args.out / 'plan.json'}")
+    if args.search:
+        from experiments.plan_search import search
+
+        if args.mesh:
+            raise ConfigError(f"--search tries every mesh; leave --mesh {args.mesh} out, or --search")
+        plan_one = partial(_plan_one, args, run)
+        found = search(run, machine, (args.batch, args.seq), args.step, args.best, plan_one)
+        return _written(found, args.out)
     from glm_jax.plan import check, plan
 
-    work = check(run, machine, sizes, args.batch, args.seq)
+    work = check(run, machine, sizes, args.batch, args.seq, args.step)
     with progress() as tell:
         found = plan(work, machine, tell)
     found["peak_rss_gb"] = cli.peak_rss_gb()
     print(told(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"wrote {args.out}")
+    return _written(found, args.out)
+
+
+def _plan_one(args: Args, run: Run, mesh: str, out: Path) -> None:
+    main(dataclasses.replace(args, search=False, mesh=mesh, out=out), run)
+
+
+def _written(found: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    if out:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {out}")
     return found
 
 
@@ -133,7 +162,7 @@ def told(plan: dict[str, Any]) -> str:
     held = plan["args_gib"] + plan["peak_temp_gib"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     lines = [
-        f"{plan['recipe']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
+        f"{plan['recipe']}, {plan['step']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
         f"{plan['devices']} devices of {plan['topology']} ({mesh})",
         f"memory      arguments {plan['args_gib']:.2f}, temporaries {plan['temp_gib']:.2f}; at the peak {held:.2f} GiB "
         f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}",
@@ -142,8 +171,11 @@ def told(plan: dict[str, Any]) -> str:
         "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),
         f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, {plan['mfu_bound_without_overlap']:.3f} with nothing",
         f"compiled    in {plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB of memory",
-        "traffic     GB received, and the least:",
     ]
+    lines += [f"{name:<12}{_program(one)}" for name, one in plan.get("programs", {}).items()]
+    if "tokens_per_second_bound" in plan:
+        lines.append(f"sampling    {plan['tokens_per_second_bound']:.0f} tokens/s at most, of all devices")
+    lines.append("traffic     GB received, and the least:")
     lines += [
         f"  {key:<36} {row['bytes'] / 1e9:10.3f} {row['minimum'] / 1e9:10.3f}"
         for key, row in plan["collectives"].items()
@@ -151,6 +183,12 @@ def told(plan: dict[str, Any]) -> str:
     lines.append("largest     arrays that the program makes:")
     lines += [f"  {one['gib']:7.3f} GiB  {one['array']}  {one['hint'] or one['source']}" for one in plan["largest"]]
     return "\n".join(lines)
+
+
+def _program(plan: dict[str, Any]) -> str:
+    held = plan["args_gib"] + plan["peak_temp_gib"]
+    times = ", ".join(f"{name} {seconds:.4f}" for name, seconds in plan["roofline_s"].items())
+    return f"at the peak {held:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
 
 
 def table(paths: list[Path]) -> str:

@@ -82,7 +82,7 @@ def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows:
     if rows % parts:
         raise ConfigError(
             f"a microbatch of B={rows} rows cannot be split over {parts} devices (data x fsdp x expert); "
-            f"set microbatch_rows to a multiple of {parts}"
+            f"set microbatch_rows (--batch of a plan) to a multiple of {parts}"
         )
     chunks = 2 * mesh.shape[CONTEXT]  # an early and a late one to each device: see `parallel.context`
     if mesh.shape[CONTEXT] > 1 and length % chunks:

@@ -1,4 +1,5 @@
-"""What a training step needs on machines that are not here: by arithmetic in a second, by their compiler in minutes.
+"""What a step of training, of RL or of sampling needs on machines that are not here: by arithmetic in a second, by their
+compiler in minutes.
 
     machine = target("v5p:8x8x8")
     step = check(run, machine, Mesh(fsdp=64, expert=8), rows=512, length=4096)      # ConfigError for what cannot be
@@ -8,6 +9,7 @@ Bytes and operations are of one device and one step. The roofline bounds: no ste
 for compute, memory and network, and none that overlaps nothing less than their sum.
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +17,8 @@ from typing import Any
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Run, replace
 from glm_jax.config import Mesh as Sizes
-from glm_jax.plan import analytic
-from glm_jax.plan.analytic import Work
+from glm_jax.plan import analytic, sampling
+from glm_jax.plan.analytic import SAMPLING, Work
 from glm_jax.plan.hlo import Collective, Program
 from glm_jax.plan.target import GIB, Target, names, target
 from glm_jax.spec import count
@@ -27,8 +29,21 @@ LARGEST = 8  # arrays that are told
 GROUPED = ("gmm", "tgmm")  # kernels whose cost estimate counts every row of the buffer, where 1/expert of them is real
 
 
-def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int) -> Work:
-    """The step, if it can be laid out and its unavoidable memory fits. ConfigError with the rule and the way out."""
+def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, step: str = "train") -> Work:
+    """The step, if it can be laid out and its unavoidable memory fits. ConfigError with the rule and the way out.
+
+    step: "train"; "grpo", RL's update with the settings of `run.post.unify.grpo`; or "sample", in which `rows` rows read
+    half of `length` tokens and draw the other half.
+    """
+    work = laid_out(run, machine, sizes, rows, length, step)
+    needed = arithmetic(work).memory(work)
+    if sum(needed.values()) > machine.chip.memory:
+        raise ConfigError(_does_not_fit(work, machine, needed))
+    return work
+
+
+def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, step: str = "train") -> Work:
+    """`check` without memory."""
     sizes = mesh.fill(sizes, machine.count)
     if sizes.data % machine.slices:
         raise ConfigError(
@@ -36,23 +51,34 @@ def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int) -> Wo
         )
     if length > run.model.max_positions:
         raise ConfigError(f"seq={length} exceeds max_positions={run.model.max_positions}; use at most that")
-    work = analytic.work(run, sizes, rows, length)
+    run = replace(run, optim=run.post.unify.grpo.optim) if step == "grpo" else run
+    work = dataclasses.replace(analytic.work(run, sizes, rows, length), step=step, prompt=length // 2)
     mesh.check(mesh.abstract(sizes), model.specs(run.model), rows, length)
-    needed = analytic.memory(work)
-    if sum(needed.values()) > machine.chip.memory:
-        raise ConfigError(_does_not_fit(work, machine, needed))
+    if step == "sample":
+        sampling.check(work)
     return work
 
 
 def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
     """Compile the step and read what it needs. Keys: see `experiments.plan`."""
+    if work.step != "sample":
+        return _program(work, machine, tell)
+    programs = {name: _program(dataclasses.replace(work, step=name), machine, tell) for name in SAMPLING}
+    return sampling.turn(work, programs)
+
+
+def arithmetic(work: Work) -> Any:
+    """The module that counts for this step: `analytic`, or `sampling`."""
+    return sampling if work.step in ("sample", *SAMPLING) else analytic
+
+
+def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
     from glm_jax.plan.program import compile_step
 
-    sizes = Sizes(**work.axes)
-    compiled = compile_step(work.run, machine, sizes, work.rows, work.length, tell)
+    compiled, by = compile_step(work, machine, tell), arithmetic(work)
     tell("reading what was compiled")
     program = Program(compiled.text)
-    operations = analytic.operations(work)
+    operations = by.operations(work)
     flops = sum(n / (work.axes[mesh.EXPERT] if _grouped(name) else 1) for name, n in program.flops.items())
     collectives = _collectives(work, program.collectives)
     seconds = {
@@ -64,6 +90,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
     used = compiled.argument_bytes + compiled.peak_bytes
     return {
         "recipe": work.run.name,
+        "step": work.step,
         "topology": machine.name,
         "slices": machine.slices,
         "devices": machine.count,
@@ -86,7 +113,7 @@ def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, A
         "roofline_s": seconds,
         "mfu_bound": useful / max(seconds.values()),
         "mfu_bound_without_overlap": useful / sum(seconds.values()),
-        "memory_analytic_gib": {term: size / GIB for term, size in analytic.memory(work).items()},
+        "memory_analytic_gib": {term: size / GIB for term, size in by.memory(work).items()},
         "largest": [
             {"gib": shape.bytes / GIB, "array": str(shape), "by": by, "source": source, "hint": _hint(work, shape.dims)}
             for by, shape, source in program.largest(LARGEST)
@@ -106,7 +133,7 @@ def _collectives(work: Work, found: list[Collective]) -> dict[str, dict[str, flo
         places = [_place(device, sizes) for device in one.devices]
         axes = [name for d, name in enumerate(names) if len({place[d] for place in places}) > 1]
         received[f"{'+'.join(axes)} {one.kind}".strip()] += one.bytes * one.times
-    least = analytic.traffic(work)
+    least = arithmetic(work).traffic(work)
     return {key: {"bytes": received[key], "minimum": least.get(key, 0.0)} for key in sorted({*received, *least})}
 
 
@@ -146,7 +173,9 @@ def _does_not_fit(work: Work, machine: Target, needed: dict[str, float]) -> str:
 
 
 def _smallest(work: Work, machine: Target) -> str:
-    """The smallest topology of the same chip on which the same batch would fit, by arithmetic."""
+    """What would fit by arithmetic: a wider expert axis where that helps, else the smallest topology of the same chip."""
+    if work.step == "sample" and (other := sampling.wider(work, machine.chip.memory)):
+        return f"A wider expert axis fits by arithmetic: {mesh.told(other.axes)}"
     for name in names(machine.kind):
         other = target(name)
         expert, context = work.axes[mesh.EXPERT], work.axes[mesh.CONTEXT]
@@ -154,9 +183,9 @@ def _smallest(work: Work, machine: Target) -> str:
         if other.count <= machine.count or left or work.rows % (fsdp * expert) or work.run.model.D % other.count:
             continue
         sizes = Sizes(fsdp=fsdp, expert=expert, context=context)
-        smaller = analytic.work(work.run, sizes, work.rows, work.length)
-        if sum(analytic.memory(smaller).values()) <= machine.chip.memory:
+        smaller = dataclasses.replace(work, axes=mesh.sizes_of(sizes))
+        if sum(arithmetic(work).memory(smaller).values()) <= machine.chip.memory:
             return f"The smallest that fits by arithmetic: {name} with {mesh.told(smaller.axes)}"
-    none = replace(work.run, **{"model.remat": "layer"})
-    fits = sum(analytic.memory(analytic.Work(none, work.axes, work.rows, work.length)).values()) <= machine.chip.memory
+    layer = dataclasses.replace(work, run=replace(work.run, **{"model.remat": "layer"}))
+    fits = sum(arithmetic(work).memory(layer).values()) <= machine.chip.memory
     return "remat=layer makes it fit" if fits else "Use fewer rows, shorter ones, or a larger machine"

@@ -5,7 +5,7 @@ A second of it, where the compiler takes minutes; and what the compiler's figure
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,20 @@ from glm_jax.parallel.homes import Kind, share
 from glm_jax.spec import Spec, leaves
 
 BF16, FLOAT32 = 2, 4
+SAMPLING = ("prefill", "decode")  # programs of a step "sample"
 
 
 @dataclass(frozen=True)
 class Work:
-    """One training step: `rows` of `length` tokens over a mesh of these sizes."""
+    """A step over a mesh of these sizes: "train" and "grpo" learn from `rows` of `length` tokens; "prefill" reads their first
+    `prompt` tokens, "decode" draws one more of each (`plan.sampling` counts these two)."""
 
     run: Run
     axes: dict[str, int]
     rows: int
     length: int
+    step: str = "train"
+    prompt: int = 0
 
     @property
     def devices(self) -> int:
@@ -39,9 +43,14 @@ class Work:
         return self.rows * self.length / self.devices
 
     @property
+    def mtp_layers(self) -> int:
+        """That are run: RL has no MTP loss."""
+        return self.run.model.mtp_layers if self.step == "train" else 0
+
+    @property
     def layers(self) -> int:
         """Whose input is kept for the backward pass, the MTP layer's among them."""
-        return self.run.model.L + self.run.model.mtp_layers
+        return self.run.model.L + self.mtp_layers
 
     def shards(self, layout: Any) -> int:
         """Parts that a layout makes of an array."""
@@ -60,7 +69,7 @@ def memory(now: Work) -> dict[str, float]:
         shard = FLOAT32 * spec.count / now.shards(mesh.at_rest(spec))
         moments = 1 if owner(now.run.optim, spec) == "muon" else 2
         state, gradients = state + shard * (1 + moments), gradients + shard
-    residual = now.tokens * now.run.model.D * _itemsize(now)
+    residual = now.tokens * now.run.model.D * itemsize(now)
     # without rematerialisation, what each product keeps: its input, and of attention and experts what they make
     kept = 1 if now.run.model.remat == "layer" else 4 + 2 * _widths(now) / now.run.model.D
     return {
@@ -73,7 +82,7 @@ def memory(now: Work) -> dict[str, float]:
 def operations(now: Work) -> dict[str, float]:
     """Matrix products and attention: forward and backward (6ND + attention), what is computed again, the optimizer."""
     cfg, tokens = now.run.model, now.tokens
-    mtp = cfg.mtp_layers > 0
+    mtp = now.mtp_layers > 0
     useful = tokens * counts.flops_per_token(cfg, now.length, training=True, mtp=mtp)
     again = 0.0
     if cfg.remat != "none":
@@ -103,24 +112,30 @@ def matrices(spec: Spec) -> tuple[int, int, int]:
 
 def traffic(now: Work) -> dict[str, float]:
     """Bytes that each device must receive in a step, by "axis kind", if nothing travels that need not."""
-    found: dict[str, float] = defaultdict(float)
-    for axes, kind, received in _transfers(now):
-        size = math.prod(now.axes[axis] for axis in axes)
-        if size > 1:
-            found[f"{'+'.join(axis for axis in mesh.AXES if axis in axes and now.axes[axis] > 1)} {kind}"] += (
-                received * (1 - 1 / size)
-            )
-    return dict(found)
+    return received(now, _transfers(now))
 
 
 Transfer = tuple[tuple[str, ...], str, float]  # axes, kind, bytes of the whole array that is gathered or summed
 
 
+def received(now: Work, transfers: Iterable[Transfer]) -> dict[str, float]:
+    """Their bytes but for what each device has already, by "axis kind"."""
+    found: dict[str, float] = defaultdict(float)
+    for axes, kind, whole in transfers:
+        size = math.prod(now.axes[axis] for axis in axes)
+        if size > 1:
+            over = "+".join(axis for axis in mesh.AXES if axis in axes and now.axes[axis] > 1)
+            found[f"{over} {kind}"] += whole * (1 - 1 / size)
+    return dict(found)
+
+
 def _transfers(now: Work) -> Iterator[Transfer]:
     cfg = now.run.model
     specs: Any = model.specs(cfg)
-    wide = _itemsize(now)
+    wide = itemsize(now)
     for name, spec in leaves(specs):
+        if name.startswith("mtp") and not now.mtp_layers:
+            continue
         at_rest, in_use = (mesh.axes_of(layout(spec)) for layout in (mesh.at_rest, mesh.in_use))
         gathered = tuple(axis for axis in at_rest if axis not in in_use)
         in_a_layer = name.split(".")[0] in ("dense", "moe", "mtp")
@@ -144,7 +159,7 @@ def _keys_to_queries(now: Work) -> Iterator[Transfer]:
     more for the backward pass), their gradients scattered."""
     cfg = now.run.model
     tokens = now.tokens * now.axes[mesh.CONTEXT] * now.layers
-    keys, where = tokens * 2 * cfg.K * cfg.H * _itemsize(now), tokens * 2 * FLOAT32
+    keys, where = tokens * 2 * cfg.K * cfg.H * itemsize(now), tokens * 2 * FLOAT32
     yield (mesh.CONTEXT,), "all-gather", (2 if cfg.remat != "none" else 1) * (keys + where)
     yield (mesh.CONTEXT,), "reduce-scatter", keys
 
@@ -153,8 +168,8 @@ def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
     """Of every MoE layer: tokens, choices and weights gathered (and once more for the backward pass), sums scattered; the
     gradients of the sums gathered, those of tokens and weights scattered."""
     cfg = now.run.model
-    everybodys = now.tokens * now.axes[mesh.EXPERT] * (cfg.moe_layers + cfg.mtp_layers)
-    x, choices, weights = (everybodys * size for size in (cfg.D * _itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
+    everybodys = now.tokens * now.axes[mesh.EXPERT] * (cfg.moe_layers + now.mtp_layers)
+    x, choices, weights = (everybodys * size for size in (cfg.D * itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
     passes = 2 if cfg.remat != "none" else 1
     yield (mesh.EXPERT,), "all-gather", passes * (x + choices + weights) + x
     yield (mesh.EXPERT,), "reduce-scatter", 2 * x + weights
@@ -164,8 +179,8 @@ def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:
     """Embedding and head stay split by vocabulary over the expert axis: ids and hidden states are gathered there, rows and
     gradients summed where their tokens are."""
     cfg = now.run.model
-    everybodys = now.tokens * now.axes[mesh.EXPERT] * (1 + cfg.mtp_layers)
-    x = everybodys * cfg.D * _itemsize(now)
+    everybodys = now.tokens * now.axes[mesh.EXPERT] * (1 + now.mtp_layers)
+    x = everybodys * cfg.D * itemsize(now)
     yield (mesh.EXPERT,), "all-gather", 2 * x + everybodys * FLOAT32  # hidden states, the rows' gradients; ids
     yield (mesh.EXPERT,), "reduce-scatter", 2 * x
 
@@ -192,7 +207,8 @@ def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer
         yield first.group[0], "all-to-all", 2 * itemsize * -(-number // first.homes) * first.entries
 
 
-def _itemsize(now: Work) -> int:
+def itemsize(now: Work) -> int:
+    """Bytes of an activation, and of a weight in use."""
     return FLOAT32 if now.run.model.dtype == "float32" else BF16
 
 

@@ -1,4 +1,4 @@
-"""The very train step of a run, laid out over a machine's mesh and compiled for its chips."""
+"""The very programs of a run, laid out over a machine's mesh and compiled for its chips."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +11,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax import mesh, model
 from glm_jax.config import Mesh as Sizes
-from glm_jax.config import Run
+from glm_jax.losses import Policy
 from glm_jax.optim import optimizer
+from glm_jax.plan import analytic
+from glm_jax.plan.analytic import Work
 from glm_jax.plan.target import Target
+from glm_jax.sample import engine
 from glm_jax.train import state
 from glm_jax.train.step import Knobs, train_step
 
 INTEGERS = ("ids", "targets", "positions", "segments")
 WEIGHTS = ("weights",)
 MTP = {"mtp_targets": jnp.int32, "mtp_weights": jnp.float32}
+RL = {"prefixes": jnp.int32, "advantages": jnp.float32, "old_log_probs": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +35,13 @@ class Compiled:
     text: str
 
 
-def compile_step(
-    run: Run, target: Target, sizes: Sizes, rows: int, length: int, tell: Callable[[str], Any]
-) -> Compiled:
-    """One microbatch of `rows` of `length` tokens. `tell` hears what is being done. RuntimeError with the compiler's
-    message where it gives up."""
+def compile_step(now: Work, target: Target, tell: Callable[[str], Any]) -> Compiled:
+    """Its program. `tell` hears what is being done. RuntimeError with the compiler's message where it gives up."""
     began = perf_counter()
     tell(f"{target.name}: {target.count} devices")
-    with jax.set_mesh(mesh.make(sizes, target.devices)):
-        tx = optimizer(run.optim, model.specs(run.model))
-        tell("tracing the train step")
-        lowered = train_step.lower(
-            state.abstract(run.model, tx), _batch(run, rows, length), _knobs(), cfg=run.model, tx=tx,
-            sequence_balance=run.loss.sequence_balance,
-        )  # fmt: skip
+    with jax.set_mesh(mesh.make(Sizes(**now.axes), target.devices)):
+        tell(f"tracing {now.step}")
+        lowered = _sampling(now) if now.step in analytic.SAMPLING else _training(now)
         tell("compiling")
         compiled = lowered.compile()
     used, text = compiled.memory_analysis(), compiled.as_text()
@@ -56,11 +53,38 @@ def compile_step(
     return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text)
 
 
-def _batch(run: Run, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _training(now: Work) -> jax.stages.Lowered:
+    """One microbatch, as pre-training gives it to `train_step`, or RL with the policy that drew it."""
+    cfg, grpo = now.run.model, now.run.post.unify.grpo
+    tx = optimizer(now.run.optim, model.specs(cfg))
+    rl = now.step == "grpo"
+    how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature)} if rl else {
+        "sequence_balance": now.run.loss.sequence_balance
+    }  # fmt: skip
+    return train_step.lower(state.abstract(cfg, tx), _batch(now), _knobs(), cfg=cfg, tx=tx, **how)
+
+
+def _sampling(now: Work) -> jax.stages.Lowered:
+    what = "prefill" if now.step == "prefill" else "decode"
+    return engine.lowered(now.run.model, what, now.rows, now.prompt, now.length - now.prompt)
+
+
+def _batch(now: Work) -> dict[str, jax.ShapeDtypeStruct]:
+    cfg, grpo = now.run.model, now.run.post.unify.grpo
     layout = mesh.batch_sharding(jax.sharding.get_mesh())
     kinds = dict.fromkeys(INTEGERS, jnp.int32) | dict.fromkeys(WEIGHTS, jnp.float32)
-    kinds |= MTP if run.model.mtp_layers else {}
-    return {name: jax.ShapeDtypeStruct((1, rows, length), kind, sharding=layout) for name, kind in kinds.items()}
+    if now.step == "grpo":
+        kinds |= RL
+    else:
+        kinds |= MTP if cfg.mtp_layers else {}
+
+    def shaped(kind: Any, *more: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, now.rows, now.length, *more), kind, sharding=layout)
+
+    batch = {name: shaped(kind) for name, kind in kinds.items()}
+    if now.step == "grpo" and grpo.routing_replay:
+        batch["experts"] = shaped(jnp.int16, cfg.moe_layers, cfg.A)
+    return batch
 
 
 def _knobs() -> Knobs:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +225,22 @@ class Session:
                     f"row {row} holds {held} tokens; {len(ids)} more and max_new_tokens={settings.max_new_tokens} exceed "
                     f"the session's {self._tokens}; begin it with more, or end the row"
                 )
+
+
+def lowered(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: int, new: int) -> jax.stages.Lowered:
+    """A program of a turn on the mesh that is set, whose devices need not be here: it reads `prompt` tokens of every row, or
+    draws `new`, one after another. Sizes as `generate` rounds them up."""
+
+    def shaped(make: Callable) -> Any:
+        return mesh.concrete(jax.eval_shape(make))
+
+    by = shaped(lambda: (prepare(cfg, model.init(cfg, jax.random.key(0))[0]), model.router_bias(cfg)))
+    ints_B, alive_B = shaped(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)))
+    ids_BT, rules, until = shaped(lambda: (jnp.zeros((rows, prompt), jnp.int32), _rules(Sampling()), jnp.int32(0)))
+    begin = (new, prompt + new), *by, None, (ids_BT, ints_B), (ints_B, alive_B, None), rules
+    if what == "prefill":
+        return _begin.lower(cfg, *begin)
+    return _decode.lower(cfg, *by, shaped(lambda: _begin(cfg, *begin)), rules, until, until)
 
 
 @partial(jax.jit, static_argnames=("cfg",))

@@ -1,6 +1,7 @@
 """Checkpoints with orbax: a step is committed whole or not at all, and found again after any interruption.
 
-A stage's folder holds `run.json` (the run's canonical configuration and the stage's name) and `checkpoints/<step>`.
+A stage's folder holds `run.json` (the run's canonical configuration and the stage's name) and `checkpoints/<step>`. In each
+folder of a step `sums.json` notes what its files hold, and a file that holds something else is refused before it is read.
 """
 
 import contextlib
@@ -18,20 +19,54 @@ import orbax.checkpoint as ocp
 
 from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, Model, Run, from_canonical
-from glm_jax.train import state
+from glm_jax.train import integrity, state
 from glm_jax.train.state import State
 
 RUN_FILE = "run.json"
 CHUNK_BYTES = 2**25  # of an array, at most, in one piece: whoever reads a part of a piece decodes it whole
+SUMS_FILE = "sums.json"
 CONTROL = "control"  # name of a stage folder that is only compared with: never the latest of a run
 
 
+class _Arrays(ocp.PyTreeCheckpointHandler):
+    """orbax's own, which any orbax reads; the sums of what it wrote are noted before the step is committed."""
+
+    @classmethod
+    def typestr(cls) -> str:
+        return ocp.PyTreeCheckpointHandler.typestr()
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        note_sums(Path(directory))
+
+
+class _Json(ocp.JsonCheckpointHandler):
+    """The same of JSON."""
+
+    @classmethod
+    def typestr(cls) -> str:
+        return ocp.JsonCheckpointHandler.typestr()
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        note_sums(Path(directory))
+
+
 class Checkpoints:
-    """The checkpoints of one stage's folder. Saving is asynchronous; `close` waits for what is under way."""
+    """The checkpoints of one stage's folder. Saving is asynchronous; `close` waits for what is under way.
+
+    Restoring raises ConfigError with the name of a file that is missing or does not hold what was written.
+    """
 
     def __init__(self, folder: Path, keep: int | None = None):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
+        self._folder = (folder / "checkpoints").absolute()
+        handlers, arrays, meta = ocp.handlers.DefaultCheckpointHandlerRegistry(), _Arrays(), _Json()
+        for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+            handlers.add("state", args, arrays)
+        for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            handlers.add("meta", args, meta)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, handler_registry=handlers)
 
     def latest(self) -> int | None:
         """The last committed step."""
@@ -41,12 +76,16 @@ class Checkpoints:
         """Write `now` and `meta` (JSON: position in the data, seconds so far) as checkpoint `step`."""
         held = _held(now)
         how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), held)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(held, save_args=how), meta=ocp.args.JsonSave(meta))
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(held, save_args=how), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """The state of `step` in the layout of `like` (arrays or shapes with shardings), and its meta."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(_held(like)), meta=ocp.args.JsonRestore())
+        for item in ("state", "meta"):
+            check_sums(self._folder / str(step) / item)
+        held = _held(like)
+        how = ocp.checkpoint_utils.construct_restore_args(held)
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(held, restore_args=how), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         now = restored["state"]
         if now.router_bias_LE is None:
@@ -58,6 +97,7 @@ class Checkpoints:
     def restore_params(self, step: int, cfg: Model) -> tuple[model.GLM, jax.Array]:
         """Parameters and router bias alone, on the mesh that is set or the default device; the optimizer's state is
         never read."""
+        check_sums(self._folder / str(step) / "state")
         params, router_bias_LE = jax.eval_shape(lambda: state.fresh(cfg, jax.random.key(0)))
         wanted = {"params": mesh.concrete(params)}
         if cfg.router_rows:
@@ -77,6 +117,25 @@ class Checkpoints:
 def _held(now: State) -> State:
     """`now` as orbax saves it, who refuses an empty array: without the balance bias of a model that has no router."""
     return now if now.router_bias_LE.size else dataclasses.replace(now, router_bias_LE=None)
+
+
+def note_sums(folder: Path, part: Path | None = None) -> None:
+    """Note what all files below `folder` hold; of those in `part` of it alone, beside what is noted already."""
+    known = read_json(folder / SUMS_FILE) if part and (folder / SUMS_FILE).exists() else {}
+    paths = (path for path in (part or folder).rglob("*") if path != folder / SUMS_FILE)
+    write_json(folder / SUMS_FILE, known | integrity.sums(folder, paths))
+
+
+def check_sums(folder: Path) -> None:
+    """ConfigError where a file below `folder` is not as noted. Where nothing is, as older code left it, nothing is checked."""
+    path = folder / SUMS_FILE
+    if not path.exists():
+        return
+    try:
+        noted = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} holds other bytes than were written ({error}); copy it again") from None
+    integrity.check(folder, noted)
 
 
 @contextlib.contextmanager

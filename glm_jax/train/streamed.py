@@ -65,6 +65,7 @@ def arrays(folder: Path, cfg: Model) -> dict[str, Stored]:
     Training's chunks lie across the parts of an array that are asked for: of these arrays one at a time is in memory.
     """
     state = _state(folder, checkpoint.committed(folder)[-1])
+    checkpoint.check_sums(state)
     names = {path: f"{PARAMS}.{path}" for path, _ in spec.leaves(model.specs(cfg))}
     names |= {ROUTER_BIAS: ROUTER_BIAS} if cfg.router_rows else {}
     whole = Whole()
@@ -102,6 +103,7 @@ class Writer:
             yield values.nbytes
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
+        checkpoint.note_sums(self._state, final)
 
     def _name(self, path: str) -> str:
         return path if path == ROUTER_BIAS else f"{PARAMS}.{path}"

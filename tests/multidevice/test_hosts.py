@@ -38,8 +38,9 @@ def processes(count: int, devices: int, *command: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_each_process_gives_the_rows_of_its_devices():
-    processes(2, 4, __file__, "rows")
+def test_each_process_gives_the_rows_of_its_devices(tmp_path):
+    """And all of them learn of a file that one finds changed."""
+    processes(2, 4, __file__, "rows", str(tmp_path))
 
 
 @pytest.mark.slow
@@ -119,15 +120,42 @@ def check_rows() -> None:
         mesh.process_share(mixed, ROWS)
 
 
+def check_files(folder: Path) -> None:
+    """Each process reads its share of the files, and all raise what one finds."""
+    from glm_jax.config import ConfigError
+    from glm_jax.train import integrity, processes
+
+    paths = [folder / name for name in "abc"]
+    texts = {path: path.name * 1000 for path in paths}
+    processes.in_turn(lambda: [path.write_text(text) for path, text in texts.items()] if processes.writer() else [])
+    noted = integrity.sums(folder, paths)
+    integrity.check(folder, noted)
+    for changed in paths:
+        processes.in_turn(lambda path=changed: path.write_text("d" * 1000) if processes.writer() else 0)
+        with pytest.raises(ConfigError, match=f"{changed} holds other bytes"):
+            integrity.check(folder, noted)
+        processes.in_turn(lambda path=changed: path.write_text(texts[path]) if processes.writer() else 0)
+
+
 def save_training(path: Path) -> None:
-    """Losses, counts and weights of the small model's training; one process writes them."""
-    from sharded_training import make, start, train, weights
+    """Losses, counts and weights of the small model's training; one process writes them. All save and restore its end."""
+    from sharded_training import CFG, STEPS, TX, make, start, train, weights
 
     from glm_jax.config import Mesh
+    from glm_jax.train import state
+    from glm_jax.train.checkpoint import Checkpoints
 
+    checkpoints = Checkpoints(path.with_suffix(""))
     with jax.set_mesh(make(Mesh(fsdp=2, expert=2, context=2))):
         now, losses, loads = train(start())
         found = weights(now) | {"losses": np.array(losses), "loads": loads}
+        checkpoints.save(STEPS, now, {"by": jax.process_count()})
+        checkpoints.wait()
+        restored, meta = checkpoints.restore(STEPS, state.abstract(CFG, TX))
+        assert meta == {"by": jax.process_count()}
+        for name, w in weights(restored).items():
+            np.testing.assert_array_equal(w, found[name], err_msg=name)
+    checkpoints.close()
     if jax.process_index() == 0:
         np.savez(path, **found)
 
@@ -138,5 +166,6 @@ if __name__ == "__main__":
     cli.join_processes()
     if sys.argv[1] == "rows":
         check_rows()
+        check_files(Path(sys.argv[2]))
     else:
         save_training(Path(sys.argv[2]))

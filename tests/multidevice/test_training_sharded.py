@@ -64,7 +64,7 @@ def check_balance(bias_rate: float = 1e-2) -> None:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Half of the steps on one mesh, the other half on another."""
+    """Half of the steps on one mesh, the other half on another, all of the state or the parameters alone being read."""
     from sharded_training import CFG, TX
 
     from glm_jax.train import state
@@ -79,7 +79,10 @@ def check_checkpoints(folder: Path) -> None:
         checkpoints.wait()
     for sizes in RESTORED_ON:
         with jax.set_mesh(make(sizes)):
+            params, router_bias_LE = checkpoints.restore_params(half, CFG)
             now, _ = checkpoints.restore(half, state.abstract(CFG, TX))
+            jax.tree.map(np.testing.assert_array_equal, (params, router_bias_LE), (now.params, now.router_bias_LE))
+            assert jax.tree.map(lambda w: w.sharding, params) == jax.tree.map(lambda w: w.sharding, now.params), sizes
             now, second, _ = train(now, STEPS - half)
             np.testing.assert_allclose([*first, *second], losses, rtol=1e-5, err_msg=str(sizes))
             check_weights(weights(now), want, 1e-3, sizes)

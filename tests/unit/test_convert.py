@@ -53,6 +53,14 @@ def test_there_and_back(published, tmp_path, capsys, monkeypatch):
     assert data == (tmp_path / "run" / "hf").resolve()
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, wanted))
     np.testing.assert_array_equal(router_bias_LE, bias_wanted)
+    chunk = next((tmp_path / "run").rglob("params.moe.ffn.gate_EDM/[0-9]*"))
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    for read in (
+        lambda: convert.main(convert.Args(tmp_path / "run", tmp_path / "again")),
+        lambda: checkpoint.load_params(tmp_path / "run"),
+    ):
+        with pytest.raises(ConfigError, match=f"{chunk} holds other bytes than were written"):
+            read()
 
 
 def test_a_model_without_experts(tmp_path):

@@ -34,6 +34,18 @@ def sorted_nucleus(p_V, top_p):
     return np.isin(np.arange(p_V.size), order[:count])
 
 
+def test_the_programs_that_are_planned_are_those_that_sample(weights):
+    """Compiled from shapes alone, they continue distinct prompts as `generate` does."""
+    want = generate(CFG, *weights, PROMPTS, settings=Sampling(max_new_tokens=16, seed=3))
+    prefill, decode = (engine.lowered(CFG, what, 4, 16, 16).compile() for what in ("prefill", "decode"))
+    by, rules = (engine.prepare(CFG, weights[0]), weights[1]), engine._rules(Sampling(max_new_tokens=16, seed=3))
+    lengths_B, alive_B = np.array([len(ids) for ids in PROMPTS], np.int32), np.ones(4, bool)
+    ids_BT = np.array([[*ids, *[0] * (16 - len(ids))] for ids in PROMPTS], np.int32)
+    state = prefill(*by, None, (ids_BT, lengths_B), (np.arange(4, dtype=np.int32), alive_B, None), rules)
+    state = decode(*by, state, rules, jnp.int32(16))
+    np.testing.assert_array_equal(state.ids_BO, [done.ids for done in want])
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_nucleus_is_the_sorted_cumulative_one(top_p):
     logits_BV = np.random.default_rng(0).normal(size=(16, 200)) * np.linspace(0.1, 8, 16)[:, None]

@@ -1,6 +1,7 @@
 """The train step, checkpoints and the log: what must hold however a batch is cut and whenever a run ends."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -150,6 +151,30 @@ def test_parameters_load_from_the_folder_alone(stage):
         jax.tree.map(np.testing.assert_array_equal, (params, router_bias_LE), (saved.params, saved.router_bias_LE))
         assert found == config.replace(run, **{"model.rope_theta": run.pretrain[0].rope_theta})
         assert data == folder.parent / "data"
+
+
+def test_a_file_with_a_flipped_byte_is_named_before_it_is_read(stage, tmp_path):
+    folder, *_ = stage
+    like = state.abstract(CFG, TX)
+    shutil.copytree(folder, tmp_path / "copy")
+    step_folder = tmp_path / "copy" / "checkpoints" / "7"
+    files = [path for item in ("state", "meta") for path in (step_folder / item).rglob("*") if path.is_file()]
+    files = [path for path in files if path.name != "commit_success.txt"]  # that it is there says all
+    assert len(files) > 5
+    checkpoints = checkpoint.Checkpoints(tmp_path / "copy")
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        with pytest.raises(ConfigError, match=f"{path}|sums.json"):
+            checkpoints.restore(7, like)
+        if path.name != checkpoint.SUMS_FILE and "state" in path.parts:
+            with pytest.raises(ConfigError, match=f"{path} holds other bytes than were written"):
+                checkpoint.load_params(tmp_path / "copy")
+        path.write_bytes(whole)
+    data = next(path for path in files if path.parent.name == "d")
+    data.unlink()
+    with pytest.raises(ConfigError, match=f"{data} is missing"):
+        checkpoints.restore_params(7, CFG)
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
