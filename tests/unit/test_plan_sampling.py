@@ -84,7 +84,8 @@ def test_a_turn_is_a_prefill_and_a_token_after_the_other():
 def test_programs_add_up_to_a_turn():
     work = plan.check(GLM45, POD, WIDE, 512, 64, "sample")
     program = {
-        "args_gib": 1.0, "results_gib": 0.5, "temp_gib": 2.0, "peak_temp_gib": 1.5, "held_gib": 3.0, "fits": True, "compile_s": 10.0, "flops": 4.0,
+        "args_gib": 1.0, "results_gib": 0.5, "temp_gib": 2.0, "peak_temp_gib": 1.5, "held_gib": 3.0,
+        "fits": True, "compile_s": 10.0, "flops": 4.0,
         "flops_analytic": 4.0, "flops_by": {"xla": 4.0}, "flops_analytic_by": {"model": 4.0}, "mfu_bound": 0.5,
         "collectives": {"expert all-gather": {"bytes": 3.0, "minimum": 3.0}}, "largest": [{"gib": 1.0}],
         "roofline_s": {"compute": 1.0, "memory": 0.0, "network": 0.5},
