@@ -122,7 +122,9 @@ def mesh_of(args: Args, run: Run) -> Mesh:
 
 
 def _machine(args: Args) -> Any:
-    """The target, with the compilers' environment set before jax is imported."""
+    """The target, with what its compilers read set."""
+    import jax
+
     from glm_jax.plan.target import can_compile, target
     from pallas_kernels import analysis
 
@@ -131,7 +133,8 @@ def _machine(args: Args) -> Any:
         raise ConfigError(
             f"--topology {args.topology}: its compiler is not installed; pallas_kernels/analysis says which wheels"
         )
-    os.environ |= analysis.QUIET | {"JAX_ENABLE_COMPILATION_CACHE": "0", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ |= analysis.QUIET | {"TPU_STDERR_LOG_LEVEL": "3"}
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read again
     return machine
 
 
