@@ -122,7 +122,9 @@ def mesh_of(args: Args, run: Run) -> Mesh:
 
 
 def _machine(args: Args) -> Any:
-    """The target, with the compilers' environment set before jax is imported."""
+    """The target, with what its compilers read set."""
+    import jax
+
     from glm_jax.plan.target import can_compile, target
     from pallas_kernels import analysis
 
@@ -131,7 +133,8 @@ def _machine(args: Args) -> Any:
         raise ConfigError(
             f"--topology {args.topology}: its compiler is not installed; pallas_kernels/analysis says which wheels"
         )
-    os.environ |= analysis.QUIET | {"JAX_ENABLE_COMPILATION_CACHE": "0", "TPU_STDERR_LOG_LEVEL": "3"}
+    os.environ |= analysis.QUIET | {"TPU_STDERR_LOG_LEVEL": "3"}
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read again
     return machine
 
 
@@ -159,12 +162,11 @@ def progress() -> Iterator[Any]:
 
 def told(plan: dict[str, Any]) -> str:
     """The plan as text."""
-    held = plan["args_gib"] + plan["peak_temp_gib"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     lines = [
         f"{plan['recipe']}, {plan['step']}: {plan['params'] / 1e9:.2f} B parameters, {plan['batch']} x {plan['seq']} tokens, "
         f"{plan['devices']} devices of {plan['topology']} ({mesh})",
-        f"memory      arguments {plan['args_gib']:.2f}, temporaries {plan['temp_gib']:.2f}; at the peak {held:.2f} GiB "
+        f"memory      arguments {plan['args_gib']:.2f}, temporaries {plan['temp_gib']:.2f}; at the peak {plan['held_gib']:.2f} GiB "
         f"of {plan['hbm_gib']:.1f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}",
         f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
         f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
@@ -186,9 +188,13 @@ def told(plan: dict[str, Any]) -> str:
 
 
 def _program(plan: dict[str, Any]) -> str:
-    held = plan["args_gib"] + plan["peak_temp_gib"]
     times = ", ".join(f"{name} {seconds:.4f}" for name, seconds in plan["roofline_s"].items())
-    return f"at the peak {held:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
+    return f"at the peak {plan['held_gib']:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
+
+
+def _other_step(plan: dict[str, Any]) -> str:
+    step = plan.get("step", "train")
+    return "" if step == "train" else f", {step}"
 
 
 def table(paths: list[Path]) -> str:
@@ -202,7 +208,7 @@ def table(paths: list[Path]) -> str:
         plan = json.loads(path.read_text())
         mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
         cells = (
-            plan["recipe"], f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
+            f"{plan['recipe']}{_other_step(plan)}", f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
             f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} ({plan['peak_temp_gib']:.2f}) of {plan['hbm_gib']:.0f}"
             f"{'' if plan['fits'] else ': does not fit'}",
             f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",

@@ -68,9 +68,15 @@ def table(found: "Found", ranked: list[dict[str, Any]]) -> str:
         if "error" in plan:
             lines.append(f"{place:2} {plan['mesh_told']:<34} {plan['error']}")
             continue
-        gib = plan["args_gib"] + plan["peak_temp_gib"]
         lines.append(
-            _row(str(place), plan["mesh_told"], gib, plan["roofline_s"], f"{plan['mfu_bound']:.3f}", plan["fits"])
+            _row(
+                str(place),
+                plan["mesh_told"],
+                plan["held_gib"],
+                plan["roofline_s"],
+                f"{plan['mfu_bound']:.3f}",
+                plan["fits"],
+            )
         )
     done = {plan["mesh_told"] for plan in ranked}
     others = [one for one in map(_described, found.candidates) if one["mesh_told"] not in done][:5]

@@ -87,7 +87,7 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
         "network": sum(row["bytes"] for row in collectives.values()) / machine.link_bandwidth,
     }
     useful = operations["model"] / machine.chip.flops
-    used = compiled.argument_bytes + compiled.peak_bytes
+    used = compiled.argument_bytes + compiled.result_bytes + compiled.peak_bytes
     return {
         "recipe": work.run.name,
         "step": work.step,
@@ -100,8 +100,10 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
         "remat": work.run.model.remat,
         "params": count(model.specs(work.run.model)),
         "args_gib": compiled.argument_bytes / GIB,
+        "results_gib": compiled.result_bytes / GIB,
         "temp_gib": compiled.temporary_bytes / GIB,
         "peak_temp_gib": compiled.peak_bytes / GIB,
+        "held_gib": used / GIB,
         "hbm_gib": machine.chip.memory / GIB,
         "fits": used <= machine.chip.memory,
         "compile_s": compiled.seconds,
@@ -155,6 +157,8 @@ def _hint(work: Work, dims: tuple[int, ...]) -> str:
         return "the embedding or the output matrix, its gradient, or a chunk of logits"
     if len(dims) == 2 and dims[0] >= cfg.A * work.tokens and dims[1] in (cfg.D, cfg.M):
         return "routed rows of a chunk of tokens: room for the worst case, in which one device's experts get all"
+    if work.step in SAMPLING and dims[1::2] == (cfg.K, cfg.H):
+        return "keys or values of a layer in the cache: fewer rows a device or shorter ones make it smaller"
     if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return (
             "a stack of weights, gradients or momentum at its shard: more devices along fsdp or expert make it smaller"

@@ -33,6 +33,7 @@ class Compiled:
     peak_bytes: int  # held at the peak beside arguments and results that are no arguments
     seconds: float  # to trace and compile
     text: str
+    result_bytes: int = 0  # that take no argument's place
 
 
 def compile_step(now: Work, target: Target, tell: Callable[[str], Any]) -> Compiled:
@@ -47,20 +48,20 @@ def compile_step(now: Work, target: Target, tell: Callable[[str], Any]) -> Compi
     used, text = compiled.memory_analysis(), compiled.as_text()
     if used is None or text is None:
         raise RuntimeError(f"the compiler for {target.name} tells neither memory nor program")
-    kept = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    results = used.output_size_in_bytes - used.alias_size_in_bytes
+    kept = used.argument_size_in_bytes + results
     counted, peak = used.temp_size_in_bytes, used.peak_memory_in_bytes
     held = peak - kept if peak > kept else counted  # not every compiler tells its peak
-    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text)
+    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text, results)
 
 
 def _training(now: Work) -> jax.stages.Lowered:
     """One microbatch, as pre-training gives it to `train_step`, or RL with the policy that drew it."""
     cfg, grpo = now.run.model, now.run.post.unify.grpo
     tx = optimizer(now.run.optim, model.specs(cfg))
-    rl = now.step == "grpo"
-    how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature)} if rl else {
-        "sequence_balance": now.run.loss.sequence_balance
-    }  # fmt: skip
+    how: dict[str, Any] = {"sequence_balance": now.run.loss.sequence_balance}
+    if now.step == "grpo":
+        how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature)}
     return train_step.lower(state.abstract(cfg, tx), _batch(now), _knobs(), cfg=cfg, tx=tx, **how)
 
 

@@ -42,7 +42,7 @@ def turn(now: Work, programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     times = runs(now)
     first = programs["prefill"]
     found = first | {"step": now.step, "programs": programs, "fits": all(one["fits"] for one in programs.values())}
-    for key in ("args_gib", "temp_gib", "peak_temp_gib"):
+    for key in ("args_gib", "results_gib", "temp_gib", "peak_temp_gib", "held_gib"):
         found[key] = max(one[key] for one in programs.values())
     found["compile_s"] = sum(one["compile_s"] for one in programs.values())
     for key in ("flops", "flops_analytic", "flops_by", "flops_analytic_by", "collectives", "roofline_s"):

@@ -84,14 +84,22 @@ def test_a_turn_is_a_prefill_and_a_token_after_the_other():
 def test_programs_add_up_to_a_turn():
     work = plan.check(GLM45, POD, WIDE, 512, 64, "sample")
     program = {
-        "args_gib": 1.0, "temp_gib": 2.0, "peak_temp_gib": 1.5, "fits": True, "compile_s": 10.0, "flops": 4.0,
+        "args_gib": 1.0, "results_gib": 0.5, "temp_gib": 2.0, "peak_temp_gib": 1.5, "held_gib": 3.0,
+        "fits": True, "compile_s": 10.0, "flops": 4.0,
         "flops_analytic": 4.0, "flops_by": {"xla": 4.0}, "flops_analytic_by": {"model": 4.0}, "mfu_bound": 0.5,
         "collectives": {"expert all-gather": {"bytes": 3.0, "minimum": 3.0}}, "largest": [{"gib": 1.0}],
         "roofline_s": {"compute": 1.0, "memory": 0.0, "network": 0.5},
     }  # fmt: skip
-    decode = program | {"args_gib": 3.0, "collectives": {}, "mfu_bound": 0.1, "largest": [{"gib": 2.0}]}
+    decode = program | {
+        "args_gib": 3.0,
+        "held_gib": 4.5,
+        "collectives": {},
+        "mfu_bound": 0.1,
+        "largest": [{"gib": 2.0}],
+    }
     found = sampling.turn(work, {"prefill": program, "decode": decode | {"fits": False}})
-    assert (found["args_gib"], found["temp_gib"], found["fits"], found["compile_s"]) == (3.0, 2.0, False, 20.0)
+    assert (found["args_gib"], found["temp_gib"], found["held_gib"]) == (3.0, 2.0, 4.5)
+    assert (found["fits"], found["compile_s"]) == (False, 20.0)
     assert found["flops"] == 4 + 32 * 4
     assert found["collectives"] == {"expert all-gather": {"bytes": 3.0, "minimum": 3.0}}
     assert found["roofline_s"] == {"compute": 33.0, "memory": 0.0, "network": 16.5}

@@ -57,7 +57,7 @@ def write_plan(name: str, out) -> None:
         raise SystemExit(3)
     plan = {"roofline_s": {"compute": 2.0, "memory": 1.0, "network": 1.0}, "mfu_bound": 0.5}
     fits = name != "fsdp=32,context=2,expert=8"
-    out.write_text(json.dumps(plan | {"args_gib": 5.0, "peak_temp_gib": 10.0, "fits": fits}))
+    out.write_text(json.dumps(plan | {"held_gib": 15.0, "fits": fits}))
 
 
 @pytest.mark.slow  # three processes
