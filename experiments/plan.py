@@ -72,6 +72,8 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     sizes = mesh_of(args, run)
     if args.batch < 1 or args.seq < 1 or args.best < 1:
         raise ConfigError(f"--batch {args.batch}, --seq {args.seq} and --best {args.best} must be at least 1")
+    if args.search and args.mesh:
+        raise ConfigError(f"--search tries every mesh; leave --mesh {args.mesh} out, or --search")
     machine = _machine(args)
     if args.out and not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
@@ -80,8 +82,6 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     if args.search:
         from experiments.plan_search import search
 
-        if args.mesh:
-            raise ConfigError(f"--search tries every mesh; leave --mesh {args.mesh} out, or --search")
         plan_one = partial(_plan_one, args, run)
         found = search(run, machine, (args.batch, args.seq), args.step, args.best, plan_one)
         return _written(found, args.out)

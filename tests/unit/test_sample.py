@@ -42,7 +42,7 @@ def test_the_programs_that_are_planned_are_those_that_sample(weights):
     lengths_B, alive_B = np.array([len(ids) for ids in PROMPTS], np.int32), np.ones(4, bool)
     ids_BT = np.array([[*ids, *[0] * (16 - len(ids))] for ids in PROMPTS], np.int32)
     state = prefill(*by, None, (ids_BT, lengths_B), (np.arange(4, dtype=np.int32), alive_B, None), rules)
-    state = decode(*by, state, rules, jnp.int32(16))
+    state = decode(*by, state, rules, jnp.int32(16), jnp.int32(0))
     np.testing.assert_array_equal(state.ids_BO, [done.ids for done in want])
 
 
