@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from glm_jax.text.chat import (
@@ -8,7 +10,7 @@ from glm_jax.text.chat import (
     render_tokens,
     stop_ids,
 )
-from glm_jax.text.parse import parse_tokens
+from glm_jax.text.parse import parse, parse_tokens
 from glm_jax.text.tokenizer import train
 
 WEATHER = {
@@ -225,6 +227,13 @@ def test_arguments_may_come_as_openai_sends_them_and_content_may_be_none():
     as_text = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}
     as_object = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}
     assert render([USER, as_text]) == render([USER, as_object])
+
+
+def test_a_tool_may_leave_its_parameters_out():
+    for tool in ({"name": "now"}, {"name": "now", "parameters": {"properties": {}}}):
+        assert json.dumps(tool) + "\n</tools>" in render([USER], [tool])
+        told = parse("<think></think>\n<tool_call>now\n</tool_call>", [tool])
+        assert (told["tool_calls"], told["status"]) == ([{"name": "now", "arguments": {}}], "ok")
 
 
 def calls(*given):
