@@ -225,6 +225,13 @@ class Data:
         default="fewest_missing", metadata=SILENT_AT_DEFAULT
     )
     minhash: tuple[int, int] = field(default=(14, 8), metadata=SILENT_AT_DEFAULT)  # bands, rows of a band
+    keep_duplicates: bool = field(
+        default=False, metadata=SILENT_AT_DEFAULT
+    )  # an ablation's arm; of held-out text none is kept
+    shuffle_files: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # another: a repository's files in no order
+    benchmarks: tuple[str, ...] = field(
+        default=(), metadata=SILENT_AT_DEFAULT
+    )  # files whose problems no text may contain
     semantic_kept: float = field(
         default=1.0, metadata=SILENT_AT_DEFAULT
     )  # share of pages that SemDedup leaves; 1: not run

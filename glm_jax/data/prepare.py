@@ -3,6 +3,7 @@
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/archives/, extracted/    with data.corpus: what was fetched, with its licences, and the documents of each archive
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
+    OUT/cleaning/                while documents are measured: shards of them, and their measures
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
     OUT/scorers/                 with data.scoring.by classifiers: each scorer, and report.json with its held-out AUC;
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import corpus, dedup, heldout, quality, scoring, semantic, sources, stages
+from glm_jax.data import cleaning, corpus, heldout, scoring, sources, stages
 from glm_jax.data.document import (
     DOMAINS,
     DataError,
@@ -47,7 +48,7 @@ from glm_jax.data.document import (
 from glm_jax.data.engine import Engine
 from glm_jax.text.tokenizer import Tokenizer, train
 
-_OWN_FOLDERS = ("archives", "collected", "documents", "done", "extracted", "scorers")
+_OWN_FOLDERS = ("archives", "cleaning", "collected", "documents", "done", "extracted", "scorers")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
@@ -75,7 +76,7 @@ def _prepare(run: Run, out: Path, progress: Progress, engine: Engine) -> Path:
     if run.data.scoring.by == "classifiers":
         steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
         before = ["collect", "scorers"]
-    steps.do("clean", before, lambda to: _clean(run, out, to, steps.tell("clean")))
+    steps.do("clean", before, lambda to: _clean(run, out, to, engine, steps.tell("clean")))
     steps.do("tokenizer", ["clean"], lambda to: _tokenizer(run, out, to, steps.tell("tokenizer")))
     steps.do("tokens", ["clean", "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
     for stage in run.stages:
@@ -158,6 +159,7 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         inputs = found["inputs"]  # finished: what its sources are today no longer matters
     else:
         folders = {name: _listing(Path(name)) for name in (*run.data.paths, *run.data.scoring.contrasts)}
+        folders |= {name: _state(Path(name)) for name in run.data.benchmarks}
         inputs: dict[str, Any] = {
             "folders": folders, "versions": sources.environment(), **scoring.inputs(run.data.scoring)
         }  # fmt: skip
@@ -198,6 +200,14 @@ def _listing(root: Path) -> str:
     return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]))[:12]
 
 
+def _state(path: Path) -> str:
+    """Fingerprint of a file's bytes."""
+    if not path.is_file():
+        raise DataError(f"data.benchmarks: {path} is not a file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def _collect(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
     drops: Counter[str] = Counter()
     documents = []
@@ -222,21 +232,14 @@ def _scorers(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) ->
     scoring.train_all(documents, run.data.scoring, to / "scorers", out / "judged.jsonl", tell)
 
 
-def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
+def _clean(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int, int], None]) -> None:
     training, held_out = (read_documents(out / "collected" / f"{name}.jsonl") for name in ("train", "heldout"))
-    tell(1, 10)
-    training, held_out, removed = dedup.clean(training, held_out, run.data.duplicate_jaccard, run.data.minhash)
-    tell(8, 10)
-    drops: Counter[str] = Counter(dict.fromkeys(dedup.REASONS, 0))
-    if run.data.semantic_kept < 1:
-        training, alike = semantic.clean(training, run.data.semantic_kept)
-        removed += alike
-    drops.update(removal.reason for removal in removed)
+    drops: Counter[str] = Counter()
     (to / "documents").mkdir()
-    if run.data.scoring.by == "classifiers":
-        training = scoring.sort(training, out / "scorers", to / "documents", run.data, drops)
-    else:
-        training = quality.with_buckets(training, len(run.data.bucket_epochs))
+    measured = cleaning.by_engine(engine, out / "cleaning", tell)
+    training, held_out, removed = cleaning.sorted_out(
+        training, held_out, run.data, measured, out / "scorers", to / "documents", drops
+    )
     for domain in DOMAINS:
         write_documents(to / "documents" / f"{domain}.jsonl", [d for d in training if d.domain == domain])
     write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))

@@ -47,6 +47,37 @@ def read(path: Path, drops: Counter[str]) -> Iterator[Entry]:
         drops["damaged compressed file"] += 1
 
 
+def strings(path: Path) -> Iterator[str]:
+    """Every text in the records of a file, whatever its name; a file without a reader is one text. DataError if there is
+    none that can be read."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    drops: Counter[str] = Counter()
+    kind = reader_of(path)
+    if kind == "jsonl":
+        records: Any = _objects(path, drops)
+    elif kind == "parquet":
+        _pyarrow(path)
+        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+
+        records = parquet.read_table(path).to_pylist()
+    elif kind == "arrow":
+        with _pyarrow(path).memory_map(str(path)) as source:
+            records = _pyarrow(path).ipc.open_stream(source).read_all().to_pylist()
+    else:
+        records = [path.read_text(encoding="utf-8", errors="replace")]
+    for record in records:
+        yield from _strings(record)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
 def _jsonl(path: Path, drops: Counter[str]) -> Iterator[Entry]:
     """Lines of JSON objects with a text, and perhaps path, repo, domain; or GH Archive's events, which are told apart."""
     events = []
