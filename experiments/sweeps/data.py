@@ -8,7 +8,7 @@ from experiments.sweeps.muon import SHORT
 
 # Rows of 1,024 of whole repositories, so that one stage has what the report does in mid-training too.
 _ROWS = {
-    "pretrain.0.tokens": 327_680,
+    "pretrain.0.tokens": 245_760,
     "pretrain.0.seq_len": 1024,
     "pretrain.0.microbatch_rows": 4,
     "pretrain.0.packing": "best_fit",
