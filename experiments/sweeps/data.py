@@ -9,8 +9,8 @@ from experiments.sweeps.muon import SHORT
 # Rows of 1,024 of whole repositories, so that one stage has what the report does in mid-training too.
 _ROWS = {
     "pretrain.0.tokens": 245_760,
-    "pretrain.0.seq_len": 1024,
     "pretrain.0.microbatch_rows": 4,
+    "pretrain.0.seq_len": 1024,
     "pretrain.0.packing": "best_fit",
     "pretrain.0.isolate": True,
     "pretrain.0.long_documents": True,
@@ -27,6 +27,10 @@ _NOTHING = {name: value for change in _WITHOUT.values() for name, value in chang
 
 SWEEP = Sweep(
     baseline="mini",
-    common={**SHORT, **_ROWS},
+    common={
+        "schedule.batch_tokens_start": 4096,
+        **SHORT,
+        **_ROWS,
+    },  # in an order in which each change leaves a valid run
     grids=tuple({name: (value,) for name, value in change.items()} for change in ({}, _NOTHING, *_WITHOUT.values())),
 )
