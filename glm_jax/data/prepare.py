@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import cleaning, corpus, heldout, scoring, sources, stages
+from glm_jax.config import Data, Run, canonical, flatten
+from glm_jax.data import cleaning, corpus, heldout, scoring, sources, stages, synthetic
 from glm_jax.data.document import (
+    DIALOGUES,
     DOMAINS,
     DataError,
     Document,
@@ -77,8 +78,12 @@ def _prepare(run: Run, out: Path, progress: Progress, engine: Engine) -> Path:
         steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
         before = ["collect", "scorers"]
     steps.do("clean", before, lambda to: _clean(run, out, to, engine, steps.tell("clean")))
+    made = ["clean"]
+    if run.data.dialogues:
+        steps.do("dialogues", [], lambda to: _dialogues(run, to, steps.tell("dialogues")))
+        made = ["clean", "dialogues"]
     steps.do("tokenizer", ["clean"], lambda to: _tokenizer(run, out, to, steps.tell("tokenizer")))
-    steps.do("tokens", ["clean", "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
+    steps.do("tokens", [*made, "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
     for stage in run.stages:
         step = f"stage {stage.name}"
         steps.do(step, ["tokens"], lambda to, stage=stage, step=step: _stage(run, stage, out, to, steps.tell(step)))
@@ -248,13 +253,29 @@ def _clean(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int, i
         write_lines(to / "documents" / "removed.jsonl", map(vars, removed))
 
 
+def _dialogues(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
+    drops: Counter[str] = Counter()
+    bucket = len(run.data.bucket_epochs) - 1  # their answers are known to be right
+    found = list(synthetic.documents(run.data.dialogues, bucket, drops, tell))
+    (to / "documents").mkdir()
+    for name in DIALOGUES:
+        write_documents(to / "documents" / f"{name}.jsonl", [d for d in found if d.domain == name])
+    write(to / "documents" / "dialogues-drops.json", _pretty(drops))
+
+
+def _domains(data: Data) -> tuple[str, ...]:
+    """Of training documents, each a file."""
+    return (*DOMAINS, *DIALOGUES) if data.dialogues else DOMAINS
+
+
 def _training_documents(run: Run, out: Path) -> list[Document]:
-    found = [document for domain in DOMAINS for document in read_documents(out / "documents" / f"{domain}.jsonl")]
-    return stages.usable(found, run.data)
+    files = (out / "documents" / f"{domain}.jsonl" for domain in _domains(run.data))
+    return stages.usable([document for file in files for document in read_documents(file)], run.data)
 
 
 def _tokenizer(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
-    documents = sorted(_training_documents(run, out), key=lambda d: unit("tokenizer", d.id))
+    found = [document for document in _training_documents(run, out) if document.domain in DOMAINS]
+    documents = sorted(found, key=lambda d: unit("tokenizer", d.id))
     budget = {name: share * run.data.tokenizer_bytes for name, share in _domain_shares(run, documents).items()}
     texts = []
     for document in documents:
@@ -280,7 +301,12 @@ def _domain_shares(run: Run, documents: list[Document]) -> dict[str, float]:
 
 def _tokens(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
     tokenizer = load_tokenizer(out, run.model.V)
-    encoded = stages.encode_all([document.text for document in _training_documents(run, out)], tokenizer, tell)
+    documents = _training_documents(run, out)
+    encoded = stages.encode_all([d.text for d in documents if d.domain in DOMAINS], tokenizer, tell)
+    made = [
+        d.text for d in documents if d.domain in DIALOGUES
+    ]  # the last; only the template's tags are special in them
+    encoded += [np.array(tokenizer.encode(text, special=True)) for text in made]
     dtype = stages.id_dtype(run.model.V)
     (to / "documents").mkdir()
     stages.Tokens.of([np.append(ids, dtype.type(tokenizer.end)) for ids in encoded], dtype).save(to / "documents")
@@ -325,7 +351,8 @@ def zlib_bits_per_byte(documents: list[Document]) -> float:
 
 
 def _manifest(run: Run, out: Path, config: dict[str, Any]) -> dict[str, Any]:
-    training = [document for domain in DOMAINS for document in read_documents(out / "documents" / f"{domain}.jsonl")]
+    domains = _domains(run.data)
+    training = [document for domain in domains for document in read_documents(out / "documents" / f"{domain}.jsonl")]
     held_out = heldout.read_held_out(out)
     tokenizer = load_tokenizer(out, run.model.V)
     tokens = stages.Tokens.load(out / "documents")
@@ -333,15 +360,15 @@ def _manifest(run: Run, out: Path, config: dict[str, Any]) -> dict[str, Any]:
     for document, length in zip(stages.usable(training, run.data), tokens.lengths.tolist(), strict=True):
         count[document.domain] += length
     drops: Counter[str] = Counter()
-    for part in ("collected", "documents"):
-        drops.update(json.loads((out / part / "drops.json").read_text()))
+    for path in (out / "collected" / "drops.json", *sorted((out / "documents").glob("*drops.json"))):
+        drops.update(json.loads(path.read_text()))
     modules = [document for document in held_out if document.stdlib_module and document.domain == "code"]
     return {
         **config,
-        "training": {name: {**_sizes(training, name), "tokens_read": count[name]} for name in DOMAINS},
+        "training": {name: {**_sizes(training, name), "tokens_read": count[name]} for name in domains},
         "held_out": {name: _held_out_figures(held_out, name, tokenizer) for name in (*DOMAINS, "long")},
         "zlib_bits_per_byte": {"stdlib_modules": round(zlib_bits_per_byte(modules), 4)},
-        "buckets": {name: _histogram(training, name, len(run.data.bucket_epochs)) for name in DOMAINS},
+        "buckets": {name: _histogram(training, name, len(run.data.bucket_epochs)) for name in domains},
         "drops": dict(sorted(drops.items())),
         **scoring.report(run.data.scoring, out),
         "stages": [json.loads((out / stage.name / "stage.json").read_text()) for stage in run.stages],

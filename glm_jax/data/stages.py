@@ -11,7 +11,7 @@ import numpy as np
 
 from glm_jax.config import Data, Stage
 from glm_jax.data import code, mixture, packing, shards
-from glm_jax.data.document import DOMAINS, Document, unit
+from glm_jax.data.document import DIALOGUES, DOMAINS, Document, unit
 from glm_jax.text.tokenizer import Tokenizer
 
 _CHUNK_CHARS = 1 << 20  # text given to the tokenizer at a time
@@ -224,8 +224,9 @@ def _facts(
         size[document.domain, document.bucket] += length
     for index, _, count in instances.tolist():
         read[documents[index].domain, documents[index].bucket] += count
+    domains = (*DOMAINS, *(name for name in DIALOGUES if any(d == name for d, _ in size)))
     epochs = {
-        name: {str(b): round(read[d, b] / n, 3) for (d, b), n in sorted(size.items()) if d == name} for name in DOMAINS
+        name: {str(b): round(read[d, b] / n, 3) for (d, b), n in sorted(size.items()) if d == name} for name in domains
     }
     overlap = packing.LOOKAHEAD * len(plan) if stage.packing == "truncate" else 0
     placed = int(plan.segments[:, 2].sum()) - overlap
@@ -236,7 +237,7 @@ def _facts(
         "padding": round(1 - placed / max(len(plan) * stage.seq_len, 1), 6),
         "readings_of_documents": len(instances),
         "readings_with_fim": fim,
-        "tokens_by_domain": {name: sum(n for (d, _), n in read.items() if d == name) for name in DOMAINS},
+        "tokens_by_domain": {name: sum(n for (d, _), n in read.items() if d == name) for name in domains},
         "epochs_by_bucket": epochs,
     }
 

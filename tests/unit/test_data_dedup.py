@@ -1,12 +1,15 @@
+import json
 import random
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from glm_jax.config import Data
 from glm_jax.data import cleaning, dedup
-from glm_jax.data.document import Document
-from glm_jax.data.measure import measure
+from glm_jax.data.document import DataError, Document
+from glm_jax.data.engine import Engine
+from glm_jax.data.measure import Known, measure
 
 
 def _document(text, name="x"):
@@ -115,6 +118,55 @@ def test_training_loses_what_repeats_held_out_text():
     reasons = Counter(removal.reason for removal in removed)
     assert reasons == {"overlaps held-out text": 3, "held-out text again": 1}
     assert {removal.cluster for removal in removed} == {held_out.id}
+
+
+def test_problems_of_named_benchmarks_are_found_inside_longer_texts(tmp_path):
+    question, solution = _text(50, 60), _text(51, 30)
+    records = [{"task_id": "B/1", "prompt": question, "test": {"lines": [solution, "short"]}}, {"prompt": _text(52, 9)}]
+    (tmp_path / "human-bench.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "sums.txt").write_text(_text(53, 200))
+    asks = _document(_text(54, 900) + " " + question + " " + _text(55, 900), "asks")
+    solves = _document(_text(56, 200) + " " + " ".join(solution.split(" ")[:20]), "solves most of it")
+    cites = _document(_text(57, 200) + " " + " ".join(solution.split(" ")[:12]), "cites a line")
+    copy = _document(_edited((tmp_path / "sums.txt").read_text(), 3), "nearly the file")
+    short = _document(_text(58, 100) + " " + records[1]["prompt"], "has what is too short to tell")
+    benchmarks = tuple(str(tmp_path / name) for name in ("human-bench.jsonl", "sums.txt"))
+    kept, removed = _clean([asks, solves, cites, copy, short], benchmarks=benchmarks)
+    assert {d.path for d in kept} == {"cites a line", "has what is too short to tell"}
+    assert {(r.path, r.reason) for r in removed} == {
+        ("asks", "contains a problem of human-bench"),
+        ("solves most of it", "contains a problem of human-bench"),
+        ("nearly the file", "contains a problem of sums"),
+    }
+
+
+@pytest.mark.parametrize("content", ["", "too short\n"])
+def test_a_benchmark_without_problems_is_refused(tmp_path, content):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(DataError, match="has no text of 10 words"):
+        cleaning.benchmark(tmp_path / "empty.jsonl")
+
+
+def test_duplicates_may_be_kept_but_nothing_that_is_held_out():
+    same = [_document("the same words again " * 20, name) for name in ("a", "b")]
+    held_out = _document(_text(60, 400), "held out")
+    kept, _, _, removed = cleaning.clean([*same, held_out], [held_out], Data(keep_duplicates=True))
+    assert kept == same
+    assert [r.reason for r in removed] == ["held-out text again"]
+
+
+def test_measures_by_shards_are_those_of_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cleaning, "_SHARD_BYTES", 4000)
+    documents = [_document(_text(i), f"{i}") for i in range(9)] + [_document(_text(3), "3 again")]
+    known = [Known.of([_text(4)], 13, 100), Known.of([_text(5, 50)], 10, 1)]
+    whole = measure(documents, known, 24)
+    parts = cleaning.by_engine(Engine("one"), tmp_path / "cleaning", lambda done, total: None)(documents, known, 24)
+    for name in ("signature", "repeats", "shares", "signals", "counts"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+    assert all(np.array_equal(whole.grams[i], parts.grams[i]) for i in range(10))
+    assert all(np.array_equal(whole.words[i], parts.words[i]) for i in range(10))
+    assert whole.repeats[4].tolist() == [0, -1] and whole.repeats[5, 0] == -1
+    assert not (tmp_path / "cleaning").exists()
 
 
 def test_empty_and_tiny_texts_do_not_collide():
