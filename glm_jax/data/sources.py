@@ -38,6 +38,7 @@ EXTENSIONS: dict[str, str] = {
 LATEX = re.compile(r":math:|\.\. math::|\\(?:frac|sum|int|sqrt|mathbb|mathrm|begin|alpha|left)\b|\$\$")
 _GENERATED = re.compile(r"generated (from|by|with)|do not edit", re.IGNORECASE)
 _SHORTEST = 64  # characters of a document
+_LONGEST_LINE = 1_000_000  # characters: no line of a text is as long
 _SHORTEST_DOCSTRING = 200
 _CACHES = ("__pycache__", "node_modules")
 _SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__)(/|$)")
@@ -208,7 +209,8 @@ def usable(text: str, code: bool, drops: Counter[str]) -> bool:
     if code and _GENERATED.search(text, 0, 600):
         drops["generated code"] += 1
         return False
-    if code and (len(text) / len(lines) > 100 or max(map(len, lines)) > 1000):
+    longest = max(map(len, lines))
+    if longest > _LONGEST_LINE or (code and (len(text) / len(lines) > 100 or longest > 1000)):
         drops["long lines"] += 1
         return False
     if sum(map(str.isalpha, text)) < 0.4 * (len(text) - text.count(" ") - text.count("\n")):

@@ -125,3 +125,13 @@ def test_cut_keeps_every_character_and_the_limit():
     pieces = sources.cut(text, 64)
     assert "".join(pieces) == text
     assert max(len(p.encode()) for p in pieces) <= 128
+
+
+@pytest.mark.parametrize("name", ["one.txt", "one.py"])
+def test_a_hundred_megabytes_in_one_line_are_no_text(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(b"words and " * 10_000_000)
+    (tmp_path / "folder" / "notes.md").write_text(PROSE)
+    drops = Counter()
+    assert [d.path for d in sources.folder(tmp_path / "folder", 1_000_000, drops)] == ["folder/notes.md"]
+    assert drops == {"long lines": 1}
