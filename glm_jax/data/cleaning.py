@@ -19,7 +19,7 @@ from glm_jax.data.measure import BENCHMARK_GRAM, HELD_OUT_FEWEST, HELD_OUT_GRAM,
 # (documents, texts that none of them may repeat, hash functions) -> measures
 Measure = Callable[[Sequence[Document], Sequence[Known], int], Measures]
 REASONS = ("exact duplicate", "held-out text again", "near duplicate", "overlaps held-out text")
-_SHARD_BYTES = 16_000_000
+_SHARD_BYTES = 4_000_000
 
 
 def clean(

@@ -2,6 +2,7 @@
 
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/archives/, extracted/    with data.corpus: what was fetched, with its licences, and the documents of each archive
+    OUT/builtin/                 while they are read: documents of the standard library and of each package
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
     OUT/cleaning/                while documents are measured: shards of them, and their measures
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
@@ -49,7 +50,7 @@ from glm_jax.data.document import (
 from glm_jax.data.engine import Engine
 from glm_jax.text.tokenizer import Tokenizer, train
 
-_OWN_FOLDERS = ("archives", "cleaning", "collected", "documents", "done", "extracted", "scorers")
+_OWN_FOLDERS = ("archives", "builtin", "cleaning", "collected", "documents", "done", "extracted", "scorers")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
@@ -72,7 +73,11 @@ def _prepare(run: Run, out: Path, progress: Progress, engine: Engine) -> Path:
     steps = _Steps(out, config, progress)
     if run.data.corpus:
         steps.mark("corpus", lambda: corpus.make(run.data, out, engine, steps.tell))
-    steps.do("collect", ["corpus"] if run.data.corpus else [], lambda to: _collect(run, out, to, steps.tell("collect")))
+    steps.do(
+        "collect",
+        ["corpus"] if run.data.corpus else [],
+        lambda to: _collect(run, out, to, engine, steps.tell("collect")),
+    )
     before = ["collect"]
     if run.data.scoring.by == "classifiers":
         steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
@@ -213,14 +218,9 @@ def _state(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def _collect(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
+def _collect(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int, int], None]) -> None:
     drops: Counter[str] = Counter()
-    documents = []
-    expected = 7_000 * (1 + len(run.data.paths))
-    for document in sources.builtin(drops):
-        documents.append(document)
-        if len(documents) % 100 == 0:
-            tell(min(len(documents), expected), expected)
+    documents = sources.builtin(engine, out / "builtin", drops, tell)
     if run.data.corpus:
         documents += corpus.documents(out, drops)
     for name in run.data.paths:
@@ -261,11 +261,6 @@ def _dialogues(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
     for name in DIALOGUES:
         write_documents(to / "documents" / f"{name}.jsonl", [d for d in found if d.domain == name])
     write(to / "documents" / "dialogues-drops.json", _pretty(drops))
-
-
-def _domains(data: Data) -> tuple[str, ...]:
-    """Of training documents, each a file."""
-    return (*DOMAINS, *DIALOGUES) if data.dialogues else DOMAINS
 
 
 def _training_documents(run: Run, out: Path) -> list[Document]:
@@ -393,6 +388,11 @@ def _histogram(documents: list[Document], domain: str, buckets: int) -> list[dic
             rows[document.bucket]["documents"] += 1
             rows[document.bucket]["bytes"] += document.size
     return rows
+
+
+def _domains(data: Data) -> tuple[str, ...]:
+    """Of training documents, each a file."""
+    return (*DOMAINS, *DIALOGUES) if data.dialogues else DOMAINS
 
 
 def _pretty(value: Any) -> str:

@@ -244,7 +244,7 @@ def small_corpus(tmp_path, monkeypatch):
         files = {f"{name}/{path.name}": path.read_text() for path in (library / name).glob("*.py")}
         packages[f"{name}-1.0.tar.gz"] = _sdist(name, files)
     _use(monkeypatch, _index(tmp_path / "index", packages))
-    monkeypatch.setattr(sources, "builtin", lambda drops: iter(()))
+    monkeypatch.setattr(sources, "PARTS", ())
     monkeypatch.setattr(cleaning, "_SHARD_BYTES", 50_000)
     data = _list(tmp_path, *(f"code sdist {file.split('-')[0]}==1.0 MIT" for file in packages))
     shapes = Model(V=512, D=8, L=1, dense_layers=1, N=2, K=1, H=4, F=8, M=8, E=2, A=1, max_positions=512)

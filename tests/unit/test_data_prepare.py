@@ -46,14 +46,14 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(autouse=True)
 def no_builtin_sources(monkeypatch):
-    monkeypatch.setattr(sources, "builtin", lambda drops: iter(()))
+    monkeypatch.setattr(sources, "PARTS", ())
 
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "builtin", lambda drops: iter(()))
+        patch.setattr(sources, "PARTS", ())
         return prepare.prepare(run, out, quiet)
 
 
