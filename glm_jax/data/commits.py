@@ -62,8 +62,9 @@ def _items(changelog: str) -> list[str]:
     """The items of a Debian changelog, each behind its release, newest first."""
     found = []
     releases = [*_RELEASE.finditer(changelog)]
-    for release, following in zip(releases, [*releases[1:], None], strict=True):
-        block = changelog[release.end() : following.start() if following else len(changelog)]
+    ends = [*(release.start() for release in releases[1:]), len(changelog)]
+    for release, end in zip(releases, ends, strict=False):
+        block = changelog[release.end() : end]
         found += [f"{release[1]}: {' '.join(item.split())}" for item in _ITEM.findall(block)]
     return found
 
