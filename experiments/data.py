@@ -47,7 +47,7 @@ from tqdm import tqdm
 from experiments import cli
 from glm_jax.config import Run
 from glm_jax.data import report
-from glm_jax.data.document import DOMAINS
+from glm_jax.data.document import DIALOGUES, DOMAINS
 from glm_jax.data.engine import Engine, Kind
 from glm_jax.data.prepare import prepare, read_manifest
 
@@ -138,10 +138,15 @@ def summary(folder: Path) -> str:
             f"{name:<9} {training['documents']:10,} {training['bytes'] / 1e6:7.2f} {held_out['bytes'] / 1e6:13.2f} "
             f"{held_out['bytes_per_token']:13.2f}"
         )
-    lines += ["", "stage          rows  length    tokens  padding  FIM  mixture (" + " / ".join(DOMAINS) + ")"]
+    for name in DIALOGUES:
+        if name in manifest["training"]:
+            training = manifest["training"][name]
+            lines.append(f"{name:<9} {training['documents']:10,} {training['bytes'] / 1e6:7.2f}")
+    lines += ["", "stage          rows  length    tokens  padding  FIM  mixture"]
     for stage in manifest["stages"]:
-        shares = [stage["tokens_by_domain"][name] for name in DOMAINS]
-        mixture = " / ".join(f"{100 * share / max(sum(shares), 1):.0f} %" for share in shares)
+        shares = stage["tokens_by_domain"]
+        whole = max(sum(shares.values()), 1)
+        mixture = ", ".join(f"{name} {100 * share / whole:.0f} %" for name, share in shares.items() if share)
         lines.append(
             f"{stage['name']:<12} {stage['rows']:6,} {stage['seq_len']:7,} {stage['tokens']:9,} "
             f"{100 * stage['padding']:6.2f} % {stage['readings_with_fim']:4,}  {mixture}"

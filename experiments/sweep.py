@@ -33,6 +33,8 @@ class Args:
     """Folder of the runs, their data and the figures."""
     results: Path = field(default=Path("experiments/results"))
     """Folder of the results."""
+    most: int = 0
+    """Runs to make now, of those that have not been made; 0 is all."""
     metric: str = "general"
     """What the table and the plot show: a held-out domain's bits per byte at the end, or expert_load."""
 
@@ -43,11 +45,14 @@ def main(args: Args) -> None:
     if args.metric not in METRICS:
         raise ConfigError(f"unknown metric {args.metric!r}; {nearest(args.metric, list(METRICS))}")
     runs = list(sweep.runs())
-    records = []
+    records, made = [], 0
     for i, (changes, run) in enumerate(runs):
         told = ", ".join(f"{name}={value}" for name, value in changes.items())
         path = args.results / f"{fingerprint(run)}.json"
+        if not path.exists() and args.most and made == args.most:
+            continue
         print(f"[{i + 1}/{len(runs)}] {told}: {'done before' if path.exists() else 'running'}", flush=True)
+        made += not path.exists()
         record = json.loads(path.read_text()) if path.exists() else _run(sweep, run, args, path)
         records.append({**record, "changes": changes})  # a run of two sweeps is one file; what it changes is each one's
     rows = table(records, args.metric)

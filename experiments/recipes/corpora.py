@@ -23,15 +23,16 @@ def mini() -> Run:
 
 def default() -> Run:
     """60 M parameters on 300 MB of text that is fetched: web pages in English and Chinese, mathematics, repositories and
-    commits, in the five stages of `glm45`, at its row lengths and proportions."""
+    commits with what was said about them, in the five stages of `glm45`, at its row lengths and proportions; reasoning and an
+    agent's trajectories are made and checked."""
     pretrain = (
         _stage("stage1", 60 * _M, 4096, 1e4, {"general": 0.7, "code": 0.2, "math": 0.1}),
         _stage("stage2", 28 * _M, 4096, 1e4, {"general": 0.3, "code": 0.5, "math": 0.2}),
     )
     midtrain = (
         _stage("repositories", 2 * _M, 32_768, 1e6, {"code": 1.0}, midtrain=True),
-        _stage("reasoning", 2 * _M, 32_768, 1e6, {"math": 0.7, "code": 0.3}, midtrain=True),
-        _stage("long_context", _M // 2, 131_072, 1e6, {"general": 0.5, "code": 0.5}, midtrain=True),
+        _stage("reasoning", 2 * _M, 32_768, 1e6, {"reasoning": 0.5, "math": 0.3, "code": 0.2}, midtrain=True),
+        _stage("long_context", _M // 2, 131_072, 1e6, {"general": 0.4, "code": 0.4, "agent": 0.2}, midtrain=True),
     )
     return Run(
         name="default",
@@ -45,7 +46,7 @@ def default() -> Run:
         ),
         data=Data(
             corpus="default", held_out=0.02, tokenizer_bytes=16_000_000, cycles="least_feedback", minhash=(20, 6),
-            semantic_kept=0.92, removals=True, shard_tokens=8_000_000,
+            semantic_kept=0.92, removals=True, shard_tokens=8_000_000, scoring=Scoring(by="classifiers"), dialogues=6000,
         ),
         loop=Loop(eval_bytes=1_000_000),
     )  # fmt: skip

@@ -229,6 +229,16 @@ class Data:
         default="fewest_missing", metadata=SILENT_AT_DEFAULT
     )
     minhash: tuple[int, int] = field(default=(14, 8), metadata=SILENT_AT_DEFAULT)  # bands, rows of a band
+    keep_duplicates: bool = field(
+        default=False, metadata=SILENT_AT_DEFAULT
+    )  # an ablation's arm; of held-out text none is kept
+    shuffle_files: bool = field(default=False, metadata=SILENT_AT_DEFAULT)  # another: a repository's files in no order
+    dialogues: int = field(
+        default=0, metadata=SILENT_AT_DEFAULT
+    )  # of reasoning, and of an agent, that are made and checked
+    benchmarks: tuple[str, ...] = field(
+        default=(), metadata=SILENT_AT_DEFAULT
+    )  # files whose problems no text may contain
     semantic_kept: float = field(
         default=1.0, metadata=SILENT_AT_DEFAULT
     )  # share of pages that SemDedup leaves; 1: not run
@@ -251,6 +261,7 @@ class Data:
         require(len(self.bucket_epochs) >= 1, "bucket_epochs is empty; give each quality bucket its epochs")
         require(min(self.bucket_epochs) >= 0, f"bucket_epochs={self.bucket_epochs} must not be negative")
         require(self.max_document_bytes >= 1, f"max_document_bytes={self.max_document_bytes} must be at least 1")
+        require(self.dialogues >= 0, f"dialogues={self.dialogues} must not be negative; 0 makes none")
         require(min(self.minhash) >= 1, f"minhash={self.minhash} needs at least one band of at least one row")
         require(
             0 < self.semantic_kept <= 1, f"semantic_kept={self.semantic_kept} must lie in (0, 1]; 1 removes nothing"

@@ -51,9 +51,9 @@ def concatenate(files: dict[str, str], cycles: str) -> str:
     return "".join(header + files[path] for header, path in arranged(files, cycles))
 
 
-def arranged(files: dict[str, str], cycles: str) -> list[tuple[str, str]]:
-    """(what stands before the file, path) in the order of `concatenate`."""
-    order = dependency_order(files, cycles)
+def arranged(files: dict[str, str], cycles: str, order: list[str] | None = None) -> list[tuple[str, str]]:
+    """(what stands before the file, path) in the order of `concatenate`, or in the one given."""
+    order = order or dependency_order(files, cycles)
     return [(f"# {path}\n" if place == 0 else f"\n# {path}\n", path) for place, path in enumerate(order)]
 
 

@@ -9,7 +9,7 @@ on chance.
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,6 @@ from glm_jax.data.document import Document
 WORD = re.compile(r"[\u4e00-\u9fff]|\w+|[^\w\s]")  # Chinese characters one by one
 _BLOCK = 1 << 16  # hashes that are signed at a time: what a core's cache holds
 _HEAD_CHARS = 240  # of a dropped document, to read
-_GRAM = 5
-_LONG_GRAM = 13  # what two texts share by copying, not by chance
-_WHOLE = 100  # 13-grams of a held-out document that is worth looking for inside another
-REASONS = ("exact duplicate", "held-out text again", "near duplicate", "overlaps held-out text")
 _PAIRS_OF_ALL = 40  # a band's cluster up to this size is compared pair by pair, a larger one with its smallest id
 
 
@@ -129,9 +125,10 @@ def exact(documents: Iterable[Document]) -> tuple[list[Document], list[Removal]]
     return [kept[key] for key in sorted(kept)], removed
 
 
-def near(sets: list[np.ndarray], threshold: float, bands: int, rows: int) -> dict[int, int]:
-    """Index -> smallest index of its cluster, for every set of 5-grams but the clusters' first."""
-    filled = [index for index, found in enumerate(sets) if len(found)]
+def near(sets: Sequence[np.ndarray], signature: np.ndarray, threshold: float, rows: int) -> dict[int, int]:
+    """Index -> smallest index of its cluster, for every set of 5-grams but the clusters' first. `rows` hashes of the
+    `signature` [sets, hashes] are a band."""
+    filled = [index for index in range(len(sets)) if len(sets[index])]
     parent = list(range(len(sets)))
 
     def root(index: int) -> int:
@@ -139,70 +136,8 @@ def near(sets: list[np.ndarray], threshold: float, bands: int, rows: int) -> dic
             parent[index] = index = parent[parent[index]]
         return index
 
-    signed = signatures([sets[index] for index in filled], bands * rows)
-    for a, b in candidates(signed, rows):
+    for a, b in candidates(signature[filled], rows):
         first, second = sorted((root(filled[a]), root(filled[b])))
         if first != second and jaccard(sets[filled[a]], sets[filled[b]]) >= threshold:
             parent[second] = first
     return {index: root(index) for index in range(len(sets)) if root(index) != index}
-
-
-def overlapping(
-    train: Iterable[np.ndarray], held_out: list[np.ndarray], share: float = 0.5
-) -> dict[int, tuple[int, float]]:
-    """Training document -> (held-out document, share of 13-grams) where at least `share` of either's are the other's."""
-    owners = np.repeat(np.arange(len(held_out)), np.array([len(found) for found in held_out], np.int64))
-    flat = np.concatenate([np.zeros(0, np.uint64), *held_out])
-    order = np.argsort(flat, kind="stable")
-    flat, owners = flat[order], owners[order]
-    sizes = np.array([len(found) if len(found) >= _WHOLE else np.inf for found in held_out])
-    found = {}
-    for index, grams_of_it in enumerate(train):
-        left, right = np.searchsorted(flat, grams_of_it, "left"), np.searchsorted(flat, grams_of_it, "right")
-        hits = right > left
-        if not hits.any():
-            continue
-        owned = np.concatenate([owners[a:b] for a, b in zip(left[hits], right[hits], strict=True)])
-        shared = np.bincount(owned, minlength=len(sizes))
-        contained = max(hits.mean(), (shared / sizes).max())
-        if contained >= share:
-            found[index] = (int(shared.argmax()), float(contained))
-    return found
-
-
-def clean(
-    train: list[Document], held_out: list[Document], threshold: float, minhash: tuple[int, int] = (14, 8)
-) -> tuple[list[Document], list[Document], list[Removal]]:
-    """Both without exact duplicates, training also without near duplicates (`minhash`: bands, rows) and without what
-    repeats held-out text; and what was removed, with its reason."""
-    held_out, removed = exact(held_out)
-    taken = {document.id: document for document in held_out}
-    removed += [Removal.of(d, "held-out text again", taken[d.id], 1.0) for d in train if d.id in taken]
-    train, again = exact(document for document in train if document.id not in taken)
-    removed += again
-    everything = [*held_out, *train]
-    words, sets = Words(), []
-
-    def long_grams(documents: list[Document]) -> Iterator[np.ndarray]:
-        """The 5-grams go into `sets` on the way, so that neither all words nor all 13-grams are ever in memory."""
-        for document in documents:
-            found = words(document.text)
-            sets.append(grams(found, _GRAM))
-            yield grams(found, _LONG_GRAM)
-
-    of_held_out = list(long_grams(held_out))
-    leaks = overlapping(long_grams(train), of_held_out)
-    first_of = near(sets, threshold, *minhash)
-    kept = []
-    for index, document in enumerate(train):
-        first = first_of.get(index + len(held_out))
-        if index in leaks:
-            other, share = leaks[index]
-            removed.append(Removal.of(document, "overlaps held-out text", held_out[other], share))
-        elif first is not None:
-            reason = "overlaps held-out text" if first < len(held_out) else "near duplicate"
-            similarity = jaccard(sets[index + len(held_out)], sets[first])
-            removed.append(Removal.of(document, reason, everything[first], similarity))
-        else:
-            kept.append(document)
-    return kept, held_out, removed

@@ -12,7 +12,11 @@ from typing import Any, Protocol
 
 from glm_jax.config import ConfigError
 
-DOMAINS: tuple[str, ...] = ("general", "code", "math")
+DOMAINS: tuple[str, ...] = ("general", "code", "math")  # of texts that are found
+DIALOGUES: tuple[str, ...] = (
+    "reasoning",
+    "agent",
+)  # of those that are made (`synthetic`): in the chat format, none held out
 
 
 class DataError(ConfigError):

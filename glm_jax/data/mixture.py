@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_jax.config import ConfigError, Stage, nearest
-from glm_jax.data.document import DOMAINS, DataError, unit
+from glm_jax.data.document import DIALOGUES, DOMAINS, DataError, unit
 from glm_jax.data.packing import LOOKAHEAD
 
 LONG_EPOCHS = 2.0  # what a long document counts for in a stage of long documents
@@ -32,11 +32,12 @@ def epochs(pool: Pool, stage: Stage, bucket_epochs: Sequence[float]) -> np.ndarr
     weight = np.array([bucket_epochs[bucket] for bucket in pool.buckets], np.float64)
     if stage.long_documents:
         weight *= np.where(pool.tokens >= stage.seq_len / 2, LONG_EPOCHS, 1.0)
+    known = (*DOMAINS, *DIALOGUES)
     for name in stage.mixture:
-        if name not in DOMAINS:
-            raise ConfigError(f"stage {stage.name}: mixture has the domain {name!r}; {nearest(name, list(DOMAINS))}")
+        if name not in known:
+            raise ConfigError(f"stage {stage.name}: mixture has the domain {name!r}; {nearest(name, list(known))}")
     domains = np.array(pool.domains)
-    available = {name: float((weight * pool.tokens)[domains == name].sum()) for name in DOMAINS}
+    available = {name: float((weight * pool.tokens)[domains == name].sum()) for name in known}
     shares = stage.mixture or available
     whole = sum(shares.values())
     needed = -(-stage.tokens // stage.seq_len) * stage.seq_len + LOOKAHEAD
@@ -45,7 +46,7 @@ def epochs(pool: Pool, stage: Stage, bucket_epochs: Sequence[float]) -> np.ndarr
         if share > 0 and available[name] == 0:
             raise DataError(
                 f"stage {stage.name}: mixture gives {name!r} {share:g}, but no document of it is left; "
-                "add --data.paths or set it to 0"
+                f"{'set --data.dialogues' if name in DIALOGUES else 'add --data.paths'}, or set it to 0"
             )
         if share > 0:
             chosen = domains == name

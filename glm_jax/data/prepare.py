@@ -2,7 +2,9 @@
 
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/archives/, extracted/    with data.corpus: what was fetched, with its licences, and the documents of each archive
+    OUT/builtin/                 while they are read: documents of the standard library and of each package
     OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
+    OUT/cleaning/                while documents are measured: shards of them, and their measures
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
     OUT/scorers/                 with data.scoring.by classifiers: each scorer, and report.json with its held-out AUC;
@@ -29,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.config import Run, canonical, flatten
-from glm_jax.data import corpus, dedup, heldout, quality, scoring, semantic, sources, stages
+from glm_jax.config import Data, Run, canonical, flatten
+from glm_jax.data import cleaning, corpus, heldout, scoring, sources, stages, synthetic
 from glm_jax.data.document import (
+    DIALOGUES,
     DOMAINS,
     DataError,
     Document,
@@ -47,7 +50,7 @@ from glm_jax.data.document import (
 from glm_jax.data.engine import Engine
 from glm_jax.text.tokenizer import Tokenizer, train
 
-_OWN_FOLDERS = ("archives", "collected", "documents", "done", "extracted", "scorers")
+_OWN_FOLDERS = ("archives", "builtin", "cleaning", "collected", "documents", "done", "extracted", "scorers")
 _FORMAT = 1  # of the folder; a change makes older folders unusable
 
 
@@ -70,14 +73,22 @@ def _prepare(run: Run, out: Path, progress: Progress, engine: Engine) -> Path:
     steps = _Steps(out, config, progress)
     if run.data.corpus:
         steps.mark("corpus", lambda: corpus.make(run.data, out, engine, steps.tell))
-    steps.do("collect", ["corpus"] if run.data.corpus else [], lambda to: _collect(run, out, to, steps.tell("collect")))
+    steps.do(
+        "collect",
+        ["corpus"] if run.data.corpus else [],
+        lambda to: _collect(run, out, to, engine, steps.tell("collect")),
+    )
     before = ["collect"]
     if run.data.scoring.by == "classifiers":
         steps.do("scorers", before, lambda to: _scorers(run, out, to, steps.tell("scorers")))
         before = ["collect", "scorers"]
-    steps.do("clean", before, lambda to: _clean(run, out, to, steps.tell("clean")))
+    steps.do("clean", before, lambda to: _clean(run, out, to, engine, steps.tell("clean")))
+    made = ["clean"]
+    if run.data.dialogues:
+        steps.do("dialogues", [], lambda to: _dialogues(run, to, steps.tell("dialogues")))
+        made = ["clean", "dialogues"]
     steps.do("tokenizer", ["clean"], lambda to: _tokenizer(run, out, to, steps.tell("tokenizer")))
-    steps.do("tokens", ["clean", "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
+    steps.do("tokens", [*made, "tokenizer"], lambda to: _tokens(run, out, to, steps.tell("tokens")))
     for stage in run.stages:
         step = f"stage {stage.name}"
         steps.do(step, ["tokens"], lambda to, stage=stage, step=step: _stage(run, stage, out, to, steps.tell(step)))
@@ -158,6 +169,7 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
         inputs = found["inputs"]  # finished: what its sources are today no longer matters
     else:
         folders = {name: _listing(Path(name)) for name in (*run.data.paths, *run.data.scoring.contrasts)}
+        folders |= {name: _state(Path(name)) for name in run.data.benchmarks}
         inputs: dict[str, Any] = {
             "folders": folders, "versions": sources.environment(), **scoring.inputs(run.data.scoring)
         }  # fmt: skip
@@ -198,14 +210,17 @@ def _listing(root: Path) -> str:
     return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]))[:12]
 
 
-def _collect(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
+def _state(path: Path) -> str:
+    """Fingerprint of a file's bytes."""
+    if not path.is_file():
+        raise DataError(f"data.benchmarks: {path} is not a file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def _collect(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int, int], None]) -> None:
     drops: Counter[str] = Counter()
-    documents = []
-    expected = 7_000 * (1 + len(run.data.paths))
-    for document in sources.builtin(drops):
-        documents.append(document)
-        if len(documents) % 100 == 0:
-            tell(min(len(documents), expected), expected)
+    documents = sources.builtin(engine, out / "builtin", drops, tell)
     if run.data.corpus:
         documents += corpus.documents(out, drops)
     for name in run.data.paths:
@@ -222,21 +237,14 @@ def _scorers(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) ->
     scoring.train_all(documents, run.data.scoring, to / "scorers", out / "judged.jsonl", tell)
 
 
-def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
+def _clean(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int, int], None]) -> None:
     training, held_out = (read_documents(out / "collected" / f"{name}.jsonl") for name in ("train", "heldout"))
-    tell(1, 10)
-    training, held_out, removed = dedup.clean(training, held_out, run.data.duplicate_jaccard, run.data.minhash)
-    tell(8, 10)
-    drops: Counter[str] = Counter(dict.fromkeys(dedup.REASONS, 0))
-    if run.data.semantic_kept < 1:
-        training, alike = semantic.clean(training, run.data.semantic_kept)
-        removed += alike
-    drops.update(removal.reason for removal in removed)
+    drops: Counter[str] = Counter()
     (to / "documents").mkdir()
-    if run.data.scoring.by == "classifiers":
-        training = scoring.sort(training, out / "scorers", to / "documents", run.data, drops)
-    else:
-        training = quality.with_buckets(training, len(run.data.bucket_epochs))
+    measured = cleaning.by_engine(engine, out / "cleaning", tell)
+    training, held_out, removed = cleaning.sorted_out(
+        training, held_out, run.data, measured, out / "scorers", to / "documents", drops
+    )
     for domain in DOMAINS:
         write_documents(to / "documents" / f"{domain}.jsonl", [d for d in training if d.domain == domain])
     write_documents(to / "heldout.jsonl", heldout.with_long(held_out, run.data.cycles))
@@ -245,13 +253,24 @@ def _clean(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> N
         write_lines(to / "documents" / "removed.jsonl", map(vars, removed))
 
 
+def _dialogues(run: Run, to: Path, tell: Callable[[int, int], None]) -> None:
+    drops: Counter[str] = Counter()
+    bucket = len(run.data.bucket_epochs) - 1  # their answers are known to be right
+    found = list(synthetic.documents(run.data.dialogues, bucket, drops, tell))
+    (to / "documents").mkdir()
+    for name in DIALOGUES:
+        write_documents(to / "documents" / f"{name}.jsonl", [d for d in found if d.domain == name])
+    write(to / "documents" / "dialogues-drops.json", _pretty(drops))
+
+
 def _training_documents(run: Run, out: Path) -> list[Document]:
-    found = [document for domain in DOMAINS for document in read_documents(out / "documents" / f"{domain}.jsonl")]
-    return stages.usable(found, run.data)
+    files = (out / "documents" / f"{domain}.jsonl" for domain in _domains(run.data))
+    return stages.usable([document for file in files for document in read_documents(file)], run.data)
 
 
 def _tokenizer(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
-    documents = sorted(_training_documents(run, out), key=lambda d: unit("tokenizer", d.id))
+    found = [document for document in _training_documents(run, out) if document.domain in DOMAINS]
+    documents = sorted(found, key=lambda d: unit("tokenizer", d.id))
     budget = {name: share * run.data.tokenizer_bytes for name, share in _domain_shares(run, documents).items()}
     texts = []
     for document in documents:
@@ -277,7 +296,12 @@ def _domain_shares(run: Run, documents: list[Document]) -> dict[str, float]:
 
 def _tokens(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
     tokenizer = load_tokenizer(out, run.model.V)
-    encoded = stages.encode_all([document.text for document in _training_documents(run, out)], tokenizer, tell)
+    documents = _training_documents(run, out)
+    encoded = stages.encode_all([d.text for d in documents if d.domain in DOMAINS], tokenizer, tell)
+    made = [
+        d.text for d in documents if d.domain in DIALOGUES
+    ]  # the last; only the template's tags are special in them
+    encoded += [np.array(tokenizer.encode(text, special=True)) for text in made]
     dtype = stages.id_dtype(run.model.V)
     (to / "documents").mkdir()
     stages.Tokens.of([np.append(ids, dtype.type(tokenizer.end)) for ids in encoded], dtype).save(to / "documents")
@@ -322,7 +346,8 @@ def zlib_bits_per_byte(documents: list[Document]) -> float:
 
 
 def _manifest(run: Run, out: Path, config: dict[str, Any]) -> dict[str, Any]:
-    training = [document for domain in DOMAINS for document in read_documents(out / "documents" / f"{domain}.jsonl")]
+    domains = _domains(run.data)
+    training = [document for domain in domains for document in read_documents(out / "documents" / f"{domain}.jsonl")]
     held_out = heldout.read_held_out(out)
     tokenizer = load_tokenizer(out, run.model.V)
     tokens = stages.Tokens.load(out / "documents")
@@ -330,15 +355,15 @@ def _manifest(run: Run, out: Path, config: dict[str, Any]) -> dict[str, Any]:
     for document, length in zip(stages.usable(training, run.data), tokens.lengths.tolist(), strict=True):
         count[document.domain] += length
     drops: Counter[str] = Counter()
-    for part in ("collected", "documents"):
-        drops.update(json.loads((out / part / "drops.json").read_text()))
+    for path in (out / "collected" / "drops.json", *sorted((out / "documents").glob("*drops.json"))):
+        drops.update(json.loads(path.read_text()))
     modules = [document for document in held_out if document.stdlib_module and document.domain == "code"]
     return {
         **config,
-        "training": {name: {**_sizes(training, name), "tokens_read": count[name]} for name in DOMAINS},
+        "training": {name: {**_sizes(training, name), "tokens_read": count[name]} for name in domains},
         "held_out": {name: _held_out_figures(held_out, name, tokenizer) for name in (*DOMAINS, "long")},
         "zlib_bits_per_byte": {"stdlib_modules": round(zlib_bits_per_byte(modules), 4)},
-        "buckets": {name: _histogram(training, name, len(run.data.bucket_epochs)) for name in DOMAINS},
+        "buckets": {name: _histogram(training, name, len(run.data.bucket_epochs)) for name in domains},
         "drops": dict(sorted(drops.items())),
         **scoring.report(run.data.scoring, out),
         "stages": [json.loads((out / stage.name / "stage.json").read_text()) for stage in run.stages],
@@ -363,6 +388,11 @@ def _histogram(documents: list[Document], domain: str, buckets: int) -> list[dic
             rows[document.bucket]["documents"] += 1
             rows[document.bucket]["bytes"] += document.size
     return rows
+
+
+def _domains(data: Data) -> tuple[str, ...]:
+    """Of training documents, each a file."""
+    return (*DOMAINS, *DIALOGUES) if data.dialogues else DOMAINS
 
 
 def _pretty(value: Any) -> str:

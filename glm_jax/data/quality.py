@@ -9,6 +9,8 @@ import re
 import zlib
 from collections import defaultdict
 
+import numpy as np
+
 from glm_jax.data.document import Document
 
 _COMMON_WORDS = """
@@ -33,11 +35,11 @@ def score(document: Document) -> float:
     return sum(values) / len(values)
 
 
-def with_buckets(documents: list[Document], buckets: int) -> list[Document]:
-    """The documents with buckets: by rank of the score within the domain, each bucket an equal share of its bytes."""
+def with_buckets(documents: list[Document], scores: np.ndarray, buckets: int) -> list[Document]:
+    """The documents with buckets: by rank of the `scores` within the domain, each bucket an equal share of its bytes."""
     ranked: dict[str, list[tuple[float, str, int]]] = defaultdict(list)
     for index, document in enumerate(documents):
-        ranked[document.domain].append((score(document), document.id, index))
+        ranked[document.domain].append((float(scores[index]), document.id, index))
     result = list(documents)
     for entries in ranked.values():
         total = sum(documents[index].size for _, _, index in entries)

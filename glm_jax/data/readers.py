@@ -21,6 +21,7 @@ from glm_jax.data.document import DOMAINS, DataError
 _TEXTS = ("text", "content", "code", "markdown", "body")  # columns that hold a text: the first that there is
 _NAMES = ("path", "url", "id", "title")
 _REPOSITORIES = ("repo", "repo_name", "repository")
+_CLOSES = re.compile(r"\b(?:clos|fix|resolv)(?:e|es|ed|s)?:? #(\d{1,9})\b", re.IGNORECASE)
 _MOST = 50_000_000  # bytes of a line or of a record
 
 
@@ -45,6 +46,37 @@ def read(path: Path, drops: Counter[str]) -> Iterator[Entry]:
         yield from READERS[reader_of(path) or ""](path, drops)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         drops["damaged compressed file"] += 1
+
+
+def strings(path: Path) -> Iterator[str]:
+    """Every text in the records of a file, whatever its name; a file without a reader is one text. DataError if there is
+    none that can be read."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    drops: Counter[str] = Counter()
+    kind = reader_of(path)
+    if kind == "jsonl":
+        records: Any = _objects(path, drops)
+    elif kind == "parquet":
+        _pyarrow(path)
+        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+
+        records = parquet.read_table(path).to_pylist()
+    elif kind == "arrow":
+        with _pyarrow(path).memory_map(str(path)) as source:
+            records = _pyarrow(path).ipc.open_stream(source).read_all().to_pylist()
+    else:
+        records = [path.read_text(encoding="utf-8", errors="replace")]
+    for record in records:
+        yield from _strings(record)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
 
 
 def _jsonl(path: Path, drops: Counter[str]) -> Iterator[Entry]:
@@ -89,8 +121,11 @@ def _entry(fields: dict[str, Any], drops: Counter[str]) -> Iterator[Entry]:
 
 
 def _conversations(events: list[dict[str, Any]], drops: Counter[str]) -> Iterator[Entry]:
-    """Issues and pull requests of GH Archive's events, each one text: title, body, then comments in the order of time."""
-    found: dict[tuple[str, int], dict[str, Any]] = defaultdict(lambda: {"title": "", "body": "", "comments": {}})
+    """Issues and pull requests of GH Archive's events: title, body, then comments in the order of time, and a pull request's
+    diff where the file has it. What says that it closes another stands behind it, in one text."""
+    found: dict[tuple[str, int], dict[str, Any]] = defaultdict(
+        lambda: {"title": "", "body": "", "diff": "", "comments": {}}
+    )
     for event in events:
         payload, repo = event["payload"], (event.get("repo") or {}).get("name")
         subject = payload.get("issue") or payload.get("pull_request") if isinstance(payload, dict) else None
@@ -98,17 +133,45 @@ def _conversations(events: list[dict[str, Any]], drops: Counter[str]) -> Iterato
             drops[f"event {event['type']} says nothing"] += 1
             continue
         thread = found[repo, subject["number"]]
-        thread["title"], thread["body"] = (subject.get(name) or thread[name] for name in ("title", "body"))
+        for name in ("title", "body", "diff"):
+            thread[name] = said if isinstance(said := subject.get(name), str) and said else thread[name]
         comment = payload.get("comment")
         if isinstance(comment, dict) and isinstance(comment.get("body"), str):
             hunk = f"```diff\n{comment['diff_hunk']}\n```\n" if comment.get("diff_hunk") else ""
             author = (comment.get("user") or {}).get("login", "")
             order = (str(comment.get("created_at", "")), str(comment.get("id", "")))
             thread["comments"][order] = f"{author}: {hunk}{comment['body']}"
-    for (repo, number), thread in sorted(found.items()):
-        parts = [f"# {thread['title']}", thread["body"], *(text for _, text in sorted(thread["comments"].items()))]
-        text = "\n\n".join(part.replace("\r\n", "\n") for part in parts if part) + "\n"
-        yield Entry(text, f"{repo}#{number}", "general")
+    for repo, numbers in _related(found):
+        text = "\n".join(_conversation(found[repo, number]) for number in numbers)
+        yield Entry(text, f"{repo}#{numbers[0]}", "general")
+
+
+def _related(found: dict[tuple[str, int], dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
+    """(repository, numbers) of threads that belong in one text, the one that is closed first, each once."""
+    closed_by: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+    for repo, number in sorted(found):
+        closes = {int(other) for other in _CLOSES.findall(found[repo, number]["body"])} - {number}
+        for other in sorted(other for other in closes if (repo, other) in found)[:1]:
+            closed_by[repo, other].append((repo, number))
+    behind = {thread for threads in closed_by.values() for thread in threads}
+    seen: set[tuple[str, int]] = set()
+    for start in (*sorted(found.keys() - behind), *sorted(behind)):  # those of a circle come last
+        order, waiting = [], [start]
+        while waiting:
+            thread = waiting.pop(0)
+            if thread not in seen:
+                seen.add(thread)
+                order.append(thread[1])
+                waiting += closed_by[thread]
+        if order:
+            yield start[0], order
+
+
+def _conversation(thread: dict[str, Any]) -> str:
+    diff = f"```diff\n{thread['diff'].rstrip()}\n```" if thread["diff"] else ""
+    comments = (text for _, text in sorted(thread["comments"].items()))
+    parts = [f"# {thread['title']}", thread["body"], diff, *comments]
+    return "\n\n".join(part.replace("\r\n", "\n") for part in parts if part) + "\n"
 
 
 def _warc(path: Path, drops: Counter[str]) -> Iterator[Entry]:

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from glm_jax.data import corpus
-from glm_jax.data.document import DOMAINS, Document, iterate_documents, unit, write
+from glm_jax.data.document import DIALOGUES, DOMAINS, Document, iterate_documents, unit, write
 from glm_jax.data.prepare import read_manifest
 
 FILE = "report.html"
@@ -43,11 +43,12 @@ def write_report(folder: Path) -> Path:
 def collect(folder: Path) -> dict[str, Any]:
     """What the page shows. Sizes are bytes of UTF-8."""
     manifest = read_manifest(folder)
-    lengths: dict[str, Counter[int]] = {name: Counter() for name in DOMAINS}
+    domains = tuple(name for name in (*DOMAINS, *DIALOGUES) if name in manifest["training"])
+    lengths: dict[str, Counter[int]] = {name: Counter() for name in domains}
     heads = _heads(folder)
     chinese = 0
-    chosen = {name: _Sampler() for name in DOMAINS}
-    for name in DOMAINS:
+    chosen = {name: _Sampler() for name in domains}
+    for name in domains:
         for document in iterate_documents(folder / "documents" / f"{name}.jsonl"):
             lengths[name][int(math.log2(max(document.size, 1)))] += 1
             chinese += corpus.is_chinese(document.text)
@@ -56,7 +57,7 @@ def collect(folder: Path) -> dict[str, Any]:
                 heads[document.id] = (document.path, document.text[:_HEAD])
     return {
         "manifest": manifest,
-        "domains": DOMAINS,
+        "domains": domains,
         "chinese": chinese,
         "archives": corpus.read_summary(folder) if manifest["settings"]["data"].get("corpus") else None,
         "drops": sorted(manifest["drops"].items(), key=lambda drop: -drop[1]),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config import Data, Scoring
-from glm_jax.data import contrasts, features, judge, language, quality
+from glm_jax.data import contrasts, features, judge, language
 from glm_jax.data.classifier import Classifier, auc, train
 from glm_jax.data.contrasts import Example
 from glm_jax.data.document import DataError, Document, unit, write
@@ -152,8 +152,10 @@ def report(config: Scoring, out: Path) -> dict[str, Any]:
     return {"scorers": read["scorers/report.json"], "quality": read["documents/quality.json"]}
 
 
-def sort(documents: list[Document], folder: Path, to: Path, data: Data, drops: Counter[str]) -> list[Document]:
-    """The documents of the wanted languages with their buckets, by the scorers in `folder`.
+def sort(
+    documents: list[Document], signals: np.ndarray, folder: Path, to: Path, data: Data, drops: Counter[str]
+) -> list[Document]:
+    """The documents of the wanted languages with their buckets, by the scorers in `folder` and the transparent `signals`.
 
     Writes attributes.jsonl (what was found about each) and quality.json (histograms) into `to`, counts in `drops`.
     """
@@ -161,8 +163,8 @@ def sort(documents: list[Document], folder: Path, to: Path, data: Data, drops: C
     if wanted:
         keep = [i for i, d in enumerate(documents) if d.domain == "code" or spoken[i] in wanted]
         drops[OTHER_LANGUAGE] = len(documents) - len(keep)
-        documents, spoken = [documents[i] for i in keep], [spoken[i] for i in keep]
-    scores = _scores(documents, folder)
+        documents, spoken, signals = [documents[i] for i in keep], [spoken[i] for i in keep], signals[keep]
+    scores = {"signals": signals, **_scores(documents, folder)}
     peers = [_peers(document, scores, i) for i, document in enumerate(documents)]
     sizes = np.array([document.size for document in documents], np.int64)
     ids = np.array([document.id for document in documents])
@@ -204,12 +206,12 @@ def _languages(documents: list[Document]) -> list[str]:
 
 
 def _scores(documents: list[Document], folder: Path) -> dict[str, np.ndarray]:
-    """Scorer -> score of each document, NaN where it is not asked."""
+    """Trained scorer -> score of each document, NaN where it is not asked."""
     models = {path.stem: Classifier.load(path) for path in sorted(folder.glob("*.npz"))}
     code = np.array([document.domain == "code" for document in documents], bool)
     bags = features.of_words([document.text for document in documents], _BITS)
     spoken = [contrasts.language_of(d.path) if d.domain == "code" else "" for d in documents]
-    found = {"signals": np.array([quality.score(document) for document in documents])}
+    found = {}
     for name in ("prose", "code_page", "mathematics"):
         found[name] = np.where(code, np.nan, models[name].scores(bags)[:, 0])
     found["code"] = np.full(len(documents), np.nan)

@@ -8,12 +8,14 @@ embedding to another: it follows from the share of pages to keep.
 
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from glm_jax.data.dedup import WORD, Removal
 from glm_jax.data.document import Document
+from glm_jax.data.stages import Tokens
 
 REASON = "says the same"
 _FEATURES = 1 << 18  # buckets that words are hashed into
@@ -23,23 +25,21 @@ _CHARS = 20_000  # of a page: its beginning stands for it
 _PASSES = 8  # of k-means
 
 
-def clean(documents: list[Document], kept: float) -> tuple[list[Document], list[Removal]]:
-    """The documents without the share 1 - `kept` of the pages (all but code) that are closest to others; and those."""
-    pages = [index for index, document in enumerate(documents) if document.domain != "code"]
+def templated(pages: Sequence[Document], words: Tokens, counts: np.ndarray, kept: float) -> dict[int, Removal]:
+    """The share 1 - `kept` of the pages that are closest to others, by their place. `words` and `counts`: of each page."""
     count = round((1 - kept) * len(pages))
     if count == 0:
-        return documents, []
-    closeness, other = closest(word_weights([documents[index].text for index in pages]))
+        return {}
+    closeness, other = closest(word_weights(words, counts))
     going = np.argsort(-closeness, kind="stable")[:count]
     going = going[closeness[going] > 0].tolist()
-    gone = {pages[place] for place in going}
-    removed = []
+    gone, removed = set(going), {}
     for place in going:
         first = int(other[place])
-        while pages[first] in gone:  # farther from the centre each time, so it ends
+        while first in gone:  # farther from the centre each time, so it ends
             first = int(other[first])
-        removed.append(Removal.of(documents[pages[place]], REASON, documents[pages[first]], float(closeness[place])))
-    return [document for index, document in enumerate(documents) if index not in gone], removed
+        removed[place] = Removal.of(pages[place], REASON, pages[first], float(closeness[place]))
+    return removed
 
 
 def closest(weights: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -83,25 +83,23 @@ def k_means(vectors: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]
     return (vectors @ centres.T).argmax(axis=1), centres
 
 
-def word_weights(texts: list[str]) -> Any:
-    """Sparse [texts, words] float32: (1 + log count) x inverse document frequency, rows of unit length."""
+def word_counts(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 hash, float32 count) of each distinct word of a page's beginning."""
+    found = Counter(WORD.findall(text[:_CHARS].lower()))
+    hashed = np.fromiter((zlib.crc32(word.encode()) % _FEATURES for word in found), np.int32, len(found))
+    return hashed, np.fromiter(found.values(), np.float32, len(found))
+
+
+def word_weights(words: Tokens, counts: np.ndarray) -> Any:
+    """Sparse [pages, words] float32: (1 + log count) x inverse document frequency, rows of unit length. `counts` are those
+    of `words.flat`."""
     from scipy import sparse  # here, because scripts answer --help without it
 
-    bucket: dict[str, int] = {}
-    rows, columns, values = [], [], []
-    for row, text in enumerate(texts):
-        found = Counter(WORD.findall(text[:_CHARS].lower()))
-        for word in found:
-            if word not in bucket:
-                bucket[word] = zlib.crc32(word.encode()) % _FEATURES
-        rows.append(np.full(len(found), row))
-        columns.append(np.fromiter((bucket[word] for word in found), np.int64, len(found)))
-        values.append(1 + np.log(np.fromiter(found.values(), np.float32, len(found))))
-    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    counts = sparse.csr_array(entries, shape=(len(texts), _FEATURES), dtype=np.float32)
-    pages = np.bincount(counts.indices, minlength=_FEATURES)
+    rows = np.repeat(np.arange(len(words)), words.lengths)
+    table = sparse.csr_array((1 + np.log(counts), (rows, words.flat)), shape=(len(words), _FEATURES), dtype=np.float32)
+    pages = np.bincount(table.indices, minlength=_FEATURES)
     common = np.flatnonzero(pages >= _FEWEST)
-    weighted = counts[:, common] * np.log(len(texts) / pages[common]).astype(np.float32)
+    weighted = table[:, common] * np.log(len(words) / pages[common]).astype(np.float32)
     length = np.sqrt(weighted.multiply(weighted).sum(axis=1))
     return (weighted / np.maximum(length, 1e-6)[:, None]).tocsr()
 

@@ -7,22 +7,27 @@ docstrings and readme pages are the general domain; docstrings with LaTeX are ma
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
+import shutil
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from glm_jax.data import readers, web
-from glm_jax.data.document import DataError, Document
+from glm_jax.data.document import DataError, Document, digest, read_documents, write_documents
+from glm_jax.data.engine import Engine, Shard
 
 # Packages that this project installs, distribution and module alike. Of the first every long docstring is taken,
 # of the second those with LaTeX.
 PROSE = ("numpy", "flax", "optax", "grain", "jinja2", "tqdm", "tyro")
 MATHS = ("scipy", "jax", "matplotlib", "tensorboardX")
+PARTS = ("library", *PROSE, *MATHS)
 
 PAGES = (".html", ".htm", ".xhtml")
 EXTENSIONS: dict[str, str] = {
@@ -38,26 +43,48 @@ EXTENSIONS: dict[str, str] = {
 LATEX = re.compile(r":math:|\.\. math::|\\(?:frac|sum|int|sqrt|mathbb|mathrm|begin|alpha|left)\b|\$\$")
 _GENERATED = re.compile(r"generated (from|by|with)|do not edit", re.IGNORECASE)
 _SHORTEST = 64  # characters of a document
+_LONGEST_LINE = 1_000_000  # characters: no line of a text is as long
 _SHORTEST_DOCSTRING = 200
 _CACHES = ("__pycache__", "node_modules")
 _SKIPPED = re.compile(r"(^|/)(tests?|testing|idle_test|_vendor|site-packages|__pycache__)(/|$)")
 
 
-def builtin(drops: Counter[str]) -> Iterator[Document]:
-    """Standard library, topics, docstrings and readme pages. Counts what it leaves out in `drops`, by reason."""
+def builtin(engine: Engine, folder: Path, drops: Counter[str], tell: Callable[[int, int], None]) -> list[Document]:
+    """Standard library, topics, docstrings and readme pages, each of `PARTS` read by the engine; `folder` is there meanwhile."""
+    key = digest(json.dumps(environment(), sort_keys=True))
+    shards = [Shard(f"{part}.jsonl", (Path(part),), key, 4 if part == "library" else 1) for part in PARTS]
+    documents = []
+    for shard, told in zip(shards, engine.run(work, shards, {}, folder, tell), strict=True):
+        drops.update(told["drops"])
+        documents += read_documents(folder / shard.name)
+    shutil.rmtree(folder)
+    return documents
+
+
+def _of_part(part: str, drops: Counter[str]) -> Iterator[Document]:
+    """Documents of one of `PARTS`. Counts what it leaves out in `drops`, by reason."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    yield from _standard_library(root, drops)
-    yield from _topics(root / "pydoc_data" / "topics.py", drops)
-    for package in PROSE + MATHS:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            drops["package not installed"] += 1
-            continue
-        root = Path(next(iter(spec.submodule_search_locations)))
-        for path in _files(root, ".py"):
-            name = f"{package}/{path.relative_to(root).as_posix()}"
-            yield from _docstrings(path, name, f"api:{name}", drops, latex_only=package in MATHS)
-        yield from _readme(package, drops)
+    if part == "library":
+        yield from _standard_library(root, drops)
+        yield from _topics(root / "pydoc_data" / "topics.py", drops)
+        return
+    spec = importlib.util.find_spec(part)
+    if spec is None or not spec.submodule_search_locations:
+        drops["package not installed"] += 1
+        return
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for path in _files(root, ".py"):
+        name = f"{part}/{path.relative_to(root).as_posix()}"
+        yield from _docstrings(path, name, f"api:{name}", drops, latex_only=part in MATHS)
+    yield from _readme(part, drops)
+
+
+def work(inputs: Sequence[Path], output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """For `glm_jax.data.engine`: the documents of the part that its one input is called."""
+    drops: Counter[str] = Counter()
+    documents = list(_of_part(inputs[0].name, drops))
+    write_documents(output, documents)
+    return {"drops": dict(sorted(drops.items()))}
 
 
 def environment() -> dict[str, str]:
@@ -208,7 +235,8 @@ def usable(text: str, code: bool, drops: Counter[str]) -> bool:
     if code and _GENERATED.search(text, 0, 600):
         drops["generated code"] += 1
         return False
-    if code and (len(text) / len(lines) > 100 or max(map(len, lines)) > 1000):
+    longest = max(map(len, lines))
+    if longest > _LONGEST_LINE or (code and (len(text) / len(lines) > 100 or longest > 1000)):
         drops["long lines"] += 1
         return False
     if sum(map(str.isalpha, text)) < 0.4 * (len(text) - text.count(" ") - text.count("\n")):

@@ -11,7 +11,7 @@ import numpy as np
 
 from glm_jax.config import Data, Stage
 from glm_jax.data import code, mixture, packing, shards
-from glm_jax.data.document import DOMAINS, Document, unit
+from glm_jax.data.document import DIALOGUES, DOMAINS, Document, unit
 from glm_jax.text.tokenizer import Tokenizer
 
 _CHUNK_CHARS = 1 << 20  # text given to the tokenizer at a time
@@ -20,7 +20,7 @@ _FIM_ROW_SHARE = 0.5  # of a row: the size of the pieces that a long file is cut
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token arrays end to end: item i is `flat[offsets[i]:offsets[i + 1]]`."""
+    """Arrays of tokens, or of hashes, end to end: item i is `flat[offsets[i]:offsets[i + 1]]`."""
 
     flat: np.ndarray  # uint16, or uint32 for more than 65,536 rows of vocabulary
     offsets: np.ndarray  # int64
@@ -29,6 +29,17 @@ class Tokens:
     def of(cls, items: Sequence[np.ndarray], dtype: np.dtype) -> "Tokens":
         offsets = np.concatenate([[0], np.cumsum([len(item) for item in items], dtype=np.int64)]).astype(np.int64)
         return cls(np.concatenate(items).astype(dtype) if items else np.zeros(0, dtype), offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        """The items of all `parts`, at least one."""
+        ends = np.cumsum([0, *(len(part.flat) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True)]
+        return cls(np.concatenate([part.flat for part in parts]), np.concatenate([[0], *offsets]).astype(np.int64))
+
+    def of_items(self, chosen: Sequence[int]) -> "Tokens":
+        """The items of these numbers."""
+        return Tokens.of([self[index] for index in chosen], self.flat.dtype)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -104,7 +115,7 @@ def build(
 ) -> Prepared:
     """Rows of `stage` from training documents and their tokens (each ended), as a pure function of the arguments."""
     if stage.long_documents:
-        documents, tokens = _with_repositories(documents, tokens, tokenizer, data.cycles)
+        documents, tokens = _with_repositories(documents, tokens, tokenizer, data)
     pool = mixture.Pool(
         [d.id for d in documents], [d.domain for d in documents], [d.bucket for d in documents], tokens.lengths
     )
@@ -131,9 +142,9 @@ def build(
 
 
 def _with_repositories(
-    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, cycles: str
+    documents: list[Document], tokens: Tokens, tokenizer: Tokenizer, data: Data
 ) -> tuple[list[Document], Tokens]:
-    """Files of a repository become one document in dependency order; the others stay."""
+    """Files of a repository become one document in dependency order (or, with `shuffle_files`, in none); the others stay."""
     single = [index for index, document in enumerate(documents) if document.repo is None]
     files: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
@@ -143,7 +154,8 @@ def _with_repositories(
     row_of = {document.id: index for index, document in enumerate(documents)}
     for name in sorted(files):
         text_of = {file.path: file for file in files[name]}
-        arranged = code.arranged({path: file.text for path, file in text_of.items()}, cycles)
+        order = sorted(text_of, key=lambda path: unit("file", path)) if data.shuffle_files else None
+        arranged = code.arranged({path: file.text for path, file in text_of.items()}, data.cycles, order)
         headers = tokenizer.encode_batch([header for header, _ in arranged])
         parts = [
             part
@@ -212,8 +224,9 @@ def _facts(
         size[document.domain, document.bucket] += length
     for index, _, count in instances.tolist():
         read[documents[index].domain, documents[index].bucket] += count
+    domains = (*DOMAINS, *(name for name in DIALOGUES if any(d == name for d, _ in size)))
     epochs = {
-        name: {str(b): round(read[d, b] / n, 3) for (d, b), n in sorted(size.items()) if d == name} for name in DOMAINS
+        name: {str(b): round(read[d, b] / n, 3) for (d, b), n in sorted(size.items()) if d == name} for name in domains
     }
     overlap = packing.LOOKAHEAD * len(plan) if stage.packing == "truncate" else 0
     placed = int(plan.segments[:, 2].sum()) - overlap
@@ -224,7 +237,7 @@ def _facts(
         "padding": round(1 - placed / max(len(plan) * stage.seq_len, 1), 6),
         "readings_of_documents": len(instances),
         "readings_with_fim": fim,
-        "tokens_by_domain": {name: sum(n for (d, _), n in read.items() if d == name) for name in DOMAINS},
+        "tokens_by_domain": {name: sum(n for (d, _), n in read.items() if d == name) for name in domains},
         "epochs_by_bucket": epochs,
     }
 

@@ -18,7 +18,7 @@ import pytest
 
 from experiments import data as script
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
-from glm_jax.data import corpus, prepare, report, sources
+from glm_jax.data import cleaning, corpus, prepare, report, sources
 from glm_jax.data.corpus import archives, clients, fetch, listing
 from glm_jax.data.document import DataError
 from glm_jax.data.engine import Engine
@@ -235,27 +235,47 @@ def test_a_source_archive_becomes_a_repository_and_one_under_another_licence_is_
     assert not list((out / "archives").glob("*.part"))
 
 
-def test_a_corpus_becomes_rows_the_same_from_one_process_and_a_pool(tmp_path, monkeypatch):
+@pytest.fixture
+def small_corpus(tmp_path, monkeypatch):
+    """A run on four packages of the standard library as source archives, cleaned in several shards."""
     library = Path(os.__file__).parent
     packages = {}
     for name in ("json", "html", "logging", "tomllib"):
         files = {f"{name}/{path.name}": path.read_text() for path in (library / name).glob("*.py")}
         packages[f"{name}-1.0.tar.gz"] = _sdist(name, files)
     _use(monkeypatch, _index(tmp_path / "index", packages))
-    monkeypatch.setattr(sources, "builtin", lambda drops: iter(()))
+    monkeypatch.setattr(sources, "PARTS", ())
+    monkeypatch.setattr(cleaning, "_SHARD_BYTES", 50_000)
     data = _list(tmp_path, *(f"code sdist {file.split('-')[0]}==1.0 MIT" for file in packages))
     shapes = Model(V=512, D=8, L=1, dense_layers=1, N=2, K=1, H=4, F=8, M=8, E=2, A=1, max_positions=512)
     stage = Stage("one", 10_000, 64, 1e4, 4, {"code": 1.0})
     batches = Schedule(batch_tokens_start=1024, batch_tokens=1024)
-    run = Run("test", shapes, (stage,), (), schedule=batches, data=replace(data, held_out=0.3))
+    return Run("test", shapes, (stage,), (), schedule=batches, data=replace(data, held_out=0.3))
+
+
+def _check_same(run, tmp_path, engine):
     expected = prepare.prepare(run, tmp_path / "one", lambda *_: None, Engine("one"))
-    got = prepare.prepare(run, tmp_path / "other", lambda *_: None, Engine("pool", 2))
-    assert prepare.read_manifest(got)["stages"][0]["rows"] == -(-10_000 // 64)
+    got = prepare.prepare(run, tmp_path / "other", lambda *_: None, engine)
     for path in sorted(path for path in expected.rglob("*") if path.is_file()):
         assert (got / path.relative_to(expected)).read_bytes() == path.read_bytes(), path
+    return got
+
+
+def test_a_corpus_becomes_rows_the_same_from_one_process_and_a_pool(small_corpus, tmp_path):
+    got = _check_same(small_corpus, tmp_path, Engine("pool", 2))
+    assert prepare.read_manifest(got)["stages"][0]["rows"] == -(-10_000 // 64)
     page = report.write_report(got).read_text()
-    assert all(f"{file.split('-')[0]}==1.0" in page for file in packages)
+    assert all(f"{name}==1.0" in page for name in ("json", "html", "logging", "tomllib"))
     assert not re.search(r"<(?:link|script|img|iframe)\b|@import|url\(", page)  # nothing from outside
+
+
+@pytest.mark.slow
+def test_a_corpus_becomes_the_same_rows_by_ray(small_corpus, tmp_path):
+    ray = pytest.importorskip("ray")
+    try:
+        _check_same(small_corpus, tmp_path, Engine("ray", 2))
+    finally:
+        ray.shutdown()
 
 
 def test_what_is_here_is_not_fetched_again_and_a_half_archive_is(index, tmp_path, monkeypatch):

@@ -1,14 +1,25 @@
+import json
 import random
 from collections import Counter
 
 import numpy as np
+import pytest
 
-from glm_jax.data import dedup, semantic
-from glm_jax.data.document import Document
+from glm_jax.config import Data
+from glm_jax.data import cleaning, dedup
+from glm_jax.data.document import DataError, Document
+from glm_jax.data.engine import Engine
+from glm_jax.data.measure import Known, measure
 
 
 def _document(text, name="x"):
     return Document.of(text, domain="general", source="s", path=name, group=name)
+
+
+def _clean(documents, **settings):
+    """(kept, removed) of training documents beside none that are held out."""
+    kept, _, _, removed = cleaning.clean(documents, [], Data(**settings))
+    return kept, removed
 
 
 def _text(seed, words=300):
@@ -37,12 +48,12 @@ def test_near_duplicates_leave_the_smallest_id_and_different_texts_stay():
     texts = [_text(i) for i in range(30)]
     copies = [_edited(text, 4, seed=i) for i, text in enumerate(texts[:10])]
     documents = [_document(text) for text in texts + copies]
-    kept, _, removed = dedup.clean(documents, [], 0.8)
+    kept, removed = _clean(documents)
     assert len(kept) == 30
     pairs = {frozenset((_document(a).id, _document(b).id)) for a, b in zip(texts, copies, strict=False)}
     assert {frozenset((r.id, r.cluster)) for r in removed} == pairs
     assert all(r.reason == "near duplicate" and r.id > r.cluster and 0.8 <= r.similarity < 1 for r in removed)
-    assert dedup.clean(documents[::-1], [], 0.8)[0] == kept
+    assert _clean(documents[::-1])[0] == kept
 
 
 def test_planted_near_duplicates_are_found_and_nothing_else():
@@ -51,7 +62,7 @@ def test_planted_near_duplicates_are_found_and_nothing_else():
     copies = [_edited(text, source.randrange(len(text.split(" ")) // 30), seed=i) for i, text in enumerate(texts[:300])]
     sets = [dedup.grams(words(text), 5) for text in texts + copies]
     alike = {600 + i: i for i in range(300) if dedup.jaccard(sets[i], sets[600 + i]) >= 0.8}
-    found = dedup.near(sets, 0.8, 20, 6)
+    found = dedup.near(sets, dedup.signatures(sets, 120), 0.8, 6)
     assert len(alike) > 200
     assert len(found.items() & alike.items()) >= 0.95 * len(alike)
     assert len(found.items() & alike.items()) >= 0.99 * len(found)
@@ -66,15 +77,15 @@ def test_pages_of_one_template_go_where_minhash_sees_none():
             page = [f"name{names.randrange(10**6)}" if place % 9 == 4 else w for place, w in enumerate(template)]
             filled.append(_document(" ".join(page)))
     rest = [_document(_text(i, 100)) for i in range(240)]
-    assert not dedup.clean(filled, [], 0.8, (20, 6))[2]
-    kept, removed = semantic.clean(rest + filled, 0.8)
+    assert not _clean(filled, minhash=(20, 6))[1]
+    kept, _, removed = cleaning.without_templates(rest + filled, measure(rest + filled, [], 1), 0.8)
     gone = {removal.id for removal in removed}
     assert len(gone & {page.id for page in filled}) >= 0.9 * len(filled)
     assert len(gone & {page.id for page in rest}) <= 0.02 * len(rest)
     assert {d.id for d in kept} | gone == {d.id for d in rest + filled}
     assert all(r.similarity > 0.5 and r.cluster != r.id for r in removed if r.id in {page.id for page in filled})
     assert not gone & {removal.cluster for removal in removed}
-    assert semantic.clean(rest + filled, 1.0) == (rest + filled, [])
+    assert cleaning.without_templates(rest + filled, measure(rest + filled, [], 1), 1.0)[::2] == (rest + filled, [])
 
 
 def test_candidates_are_verified_by_exact_similarity():
@@ -82,8 +93,8 @@ def test_candidates_are_verified_by_exact_similarity():
     base = _text(1)
     sets = [dedup.grams(words(text), 5) for text in (base, _edited(base, 4), _edited(base, 30))]
     assert dedup.jaccard(sets[0], sets[1]) > 0.8 > dedup.jaccard(sets[0], sets[2])
-    assert dedup.near(sets, 0.8, 14, 8) == {1: 0}
-    assert dedup.near(sets, 0.99, 14, 8) == {}
+    assert dedup.near(sets, dedup.signatures(sets, 112), 0.8, 8) == {1: 0}
+    assert dedup.near(sets, dedup.signatures(sets, 112), 0.99, 8) == {}
 
 
 def test_minhash_estimates_jaccard():
@@ -101,7 +112,7 @@ def test_training_loses_what_repeats_held_out_text():
     inside = _document(_text(4, 4000) + " " + held_out.text, "contains it")
     part = _document(" ".join(held_out.text.split(" ")[100:180]), "part of it")
     other = _document(_text(5), "other")
-    kept, kept_held_out, removed = dedup.clean([near, inside, part, other, held_out], [held_out], 0.8)
+    kept, _, kept_held_out, removed = cleaning.clean([near, inside, part, other, held_out], [held_out], Data())
     assert kept == [other]
     assert kept_held_out == [held_out]
     reasons = Counter(removal.reason for removal in removed)
@@ -109,5 +120,56 @@ def test_training_loses_what_repeats_held_out_text():
     assert {removal.cluster for removal in removed} == {held_out.id}
 
 
+def test_problems_of_named_benchmarks_are_found_inside_longer_texts(tmp_path):
+    question, solution = _text(50, 60), _text(51, 30)
+    records = [{"task_id": "B/1", "prompt": question, "test": {"lines": [solution, "short"]}}, {"prompt": _text(52, 9)}]
+    (tmp_path / "human-bench.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "sums.txt").write_text(_text(53, 200))
+    asks = _document(_text(54, 900) + " " + question + " " + _text(55, 900), "asks")
+    solves = _document(_text(56, 200) + " " + " ".join(solution.split(" ")[:20]), "solves most of it")
+    cites = _document(_text(57, 200) + " " + " ".join(solution.split(" ")[:12]), "cites a line")
+    copy = _document(_edited((tmp_path / "sums.txt").read_text(), 3), "nearly the file")
+    short = _document(_text(58, 100) + " " + records[1]["prompt"], "has what is too short to tell")
+    benchmarks = tuple(str(tmp_path / name) for name in ("human-bench.jsonl", "sums.txt"))
+    kept, removed = _clean([asks, solves, cites, copy, short], benchmarks=benchmarks)
+    assert {d.path for d in kept} == {"cites a line", "has what is too short to tell"}
+    assert {(r.path, r.reason) for r in removed} == {
+        ("asks", "contains a problem of human-bench"),
+        ("solves most of it", "contains a problem of human-bench"),
+        ("nearly the file", "contains a problem of sums"),
+    }
+
+
+@pytest.mark.parametrize("content", ["", "too short\n"])
+def test_a_benchmark_without_problems_is_refused(tmp_path, content):
+    (tmp_path / "empty.jsonl").write_text(content)
+    with pytest.raises(DataError, match="has no text of 10 words"):
+        cleaning.benchmark(tmp_path / "empty.jsonl")
+
+
+def test_duplicates_may_be_kept_but_nothing_that_is_held_out():
+    same = [_document("the same words again " * 20, name) for name in ("a", "b")]
+    held_out = _document(_text(60, 400), "held out")
+    kept, _, _, removed = cleaning.clean([*same, held_out], [held_out], Data(keep_duplicates=True))
+    assert kept == same
+    assert [r.reason for r in removed] == ["held-out text again"]
+
+
+def test_measures_by_shards_are_those_of_all_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cleaning, "_SHARD_BYTES", 4000)
+    documents = [_document(_text(i), f"{i}") for i in range(9)] + [_document(_text(3), "3 again")]
+    known = [Known.of([_text(4)], 13, 100), Known.of([_text(5, 50)], 10, 1)]
+    whole = measure(documents, known, 24)
+    parts = cleaning.by_engine(Engine("one"), tmp_path / "cleaning", lambda done, total: None)(documents, known, 24)
+    for name in ("signature", "repeats", "shares", "signals", "counts"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+    assert all(np.array_equal(whole.grams[i], parts.grams[i]) for i in range(10))
+    assert all(np.array_equal(whole.words[i], parts.words[i]) for i in range(10))
+    assert whole.repeats[4].tolist() == [0, -1] and whole.repeats[5, 0] == -1
+    assert not (tmp_path / "cleaning").exists()
+
+
 def test_empty_and_tiny_texts_do_not_collide():
-    assert dedup.near([dedup.grams(dedup.Words()(text), 5) for text in ("", "", "a", "b c")], 0.8, 14, 8) == {}
+    sets = [dedup.grams(dedup.Words()(text), 5) for text in ("", "", "a", "b c")]
+    signature = np.concatenate([np.zeros((2, 112), np.uint64), dedup.signatures(sets[2:], 112)])
+    assert dedup.near(sets, signature, 0.8, 8) == {}

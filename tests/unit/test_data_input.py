@@ -1,5 +1,8 @@
+import jax
 import numpy as np
 
+from glm_jax import model
+from glm_jax.config import Model
 from glm_jax.data.input import Piece, assemble
 
 END = 9
@@ -52,3 +55,21 @@ def test_types_are_what_the_trainer_expects():
     assert {name: str(array.dtype) for name, array in row.items()} == {
         name: "float32" if name in floats else "int32" for name in row
     }
+
+
+def test_a_document_never_changes_anothers_logits_in_its_row():
+    cfg = Model(
+        V=32, D=16, L=2, dense_layers=1, N=2, K=1, H=8, F=16, M=8, E=4, A=2, max_positions=32, dtype="float32", remat="none"
+    )  # fmt: skip
+    params, bias_LE = model.init(cfg, jax.random.key(0))
+    forward = jax.jit(
+        lambda ids, where, segments: model.forward(cfg, params, bias_LE, ids, positions_BT=where, segments_BT=segments)
+    )
+    logits = []
+    for middle in (_doc(3, 1, 4, 1, 5, END), _doc(8, 8, 8, 8, 8, END)):
+        pieces = [Piece(document, len(document)) for document in (_doc(2, 7, 1, END), middle, _doc(6, 6, END))]
+        row = assemble(pieces, seq_len=16, isolate=True, end=END)
+        logits.append(np.asarray(forward(*(row[name][None] for name in ("ids", "positions", "segments")))[0][0]))
+    others = row["segments"] != 2
+    assert np.array_equal(logits[0][others], logits[1][others])
+    assert not np.array_equal(logits[0][~others], logits[1][~others])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
-from glm_jax.data import document, packing, prepare, sources, stages
+from glm_jax.data import document, packing, prepare, report, sources, stages
 from glm_jax.data.document import DataError
 from glm_jax.data.heldout import read_held_out
 from glm_jax.data.input import Microbatches, Rows
@@ -46,14 +46,14 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(autouse=True)
 def no_builtin_sources(monkeypatch):
-    monkeypatch.setattr(sources, "builtin", lambda drops: iter(()))
+    monkeypatch.setattr(sources, "PARTS", ())
 
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "builtin", lambda drops: iter(()))
+        patch.setattr(sources, "PARTS", ())
         return prepare.prepare(run, out, quiet)
 
 
@@ -255,6 +255,24 @@ def test_rows_of_shards_are_the_rows_of_flat_arrays(run, folder, tmp_path, index
     assert np.load(out / "rows.npy", mmap_mode="r")[0].nbytes == 16
     flat, sharded = Rows(folder, stage), Rows(tmp_path, stage)
     assert _same([sharded[i] for i in range(len(sharded))], [flat[i] for i in range(len(flat))])
+
+
+def test_dialogues_that_are_made_become_rows_with_the_templates_tags(run, tmp_path):
+    stages_ = {"midtrain.0.mixture": {"reasoning": 0.5, "agent": 0.25, "code": 0.25}, "midtrain.0.fim_rate": 0.0}
+    made = replace(run, **{"data.dialogues": 60, **stages_})
+    folder = prepare.prepare(made, tmp_path / "data", quiet)
+    facts = json.loads((folder / "two" / "stage.json").read_text())
+    shares = {
+        name: count / sum(facts["tokens_by_domain"].values()) for name, count in facts["tokens_by_domain"].items()
+    }
+    assert shares == pytest.approx({"general": 0, "math": 0, "reasoning": 0.5, "agent": 0.25, "code": 0.25}, abs=0.01)
+    tokenizer = prepare.load_tokenizer(folder)
+    ids = np.concatenate([Rows(folder, made.stage("two"))[i]["ids"] for i in range(facts["rows"])])
+    for tag in ("<|user|>", "<think>", "<tool_call>", "<|observation|>"):
+        assert (ids == tokenizer.id(tag)).any()
+    manifest = prepare.read_manifest(folder)
+    assert manifest["training"]["reasoning"]["documents"] > 40 and "reasoning" not in manifest["held_out"]
+    report.write_report(folder)
 
 
 def test_another_row_length_or_stage_is_refused(run, folder):

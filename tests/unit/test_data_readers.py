@@ -80,6 +80,29 @@ def test_events_of_a_repository_become_conversations_in_the_order_of_time(tmp_pa
     assert drops == {"event WatchEvent says nothing": 1}
 
 
+def test_what_closes_an_issue_stands_behind_it_with_its_diff(tmp_path):
+    def event(number, title, body, **more):
+        kind = "pull_request" if more else "issue"
+        payload = {kind: {"number": number, "title": title, "body": body, **more}}
+        return {"type": "Event", "repo": {"name": "a/b"}, "payload": payload}
+
+    events = [
+        event(3, "Mend it", "Fixes #9, see #4", diff="--- a\n+++ b\n@@ -1 +1 @@\n-a\n+b\n"),
+        event(9, "It fails", "On empty input."),
+        event(4, "Another", "closes #77, which nobody has"),
+        event(5, "A circle", "fixed #6"),
+        event(6, "Of two", "Resolves: #5"),
+    ]
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in events))
+    found = {entry.name: entry.text for entry in _read(path)[0]}
+    assert list(found) == ["a/b#4", "a/b#9", "a/b#5"]
+    assert found["a/b#9"] == (
+        "# It fails\n\nOn empty input.\n\n# Mend it\n\nFixes #9, see #4\n\n```diff\n--- a\n+++ b\n@@ -1 +1 @@\n-a\n+b\n```\n"
+    )
+    assert found["a/b#5"].startswith("# A circle") and "# Of two" in found["a/b#5"]
+
+
 def _record(kind: str, body: bytes, uri: str = "") -> bytes:
     head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body + b"\r\n\r\n"

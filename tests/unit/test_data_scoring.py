@@ -13,7 +13,7 @@ import pytest
 
 from experiments import recipes
 from glm_jax.config import ConfigError, Data, Scoring
-from glm_jax.data import classifier, contrasts, features, judge, language, prepare, scoring
+from glm_jax.data import classifier, contrasts, features, judge, language, prepare, quality, scoring
 from glm_jax.data.classifier import Classifier
 from glm_jax.data.document import DataError, Document
 
@@ -319,7 +319,8 @@ def test_documents_are_sorted_among_their_peers_and_other_languages_go(tmp_path)
     documents.append(_document(SAID["ru"], "russian"))
     drops = Counter()
     data = Data(scoring=Scoring(by="classifiers", languages=("en",)))
-    kept = scoring.sort(documents, folder, to, data, drops)
+    signals = np.array([quality.score(document) for document in documents])
+    kept = scoring.sort(documents, signals, folder, to, data, drops)
     assert drops == {scoring.OTHER_LANGUAGE: 1}
     assert [d.id for d in kept] == [d.id for d in documents[:-1]]
     lines = [json.loads(line) for line in (to / "attributes.jsonl").read_text().splitlines()]
@@ -328,8 +329,9 @@ def test_documents_are_sorted_among_their_peers_and_other_languages_go(tmp_path)
     assert facts["languages"] == {"en": 200, "python": 100}
     assert set(facts["peers"]["code_python"]["buckets"]) == {"0", "2", "4"}
     assert sum(sum(held["bins"]) for held in facts["peers"].values()) == 300
-    shuffled = [documents[i] for i in random.permutation(len(documents))]
-    again = {d.id: d.bucket for d in scoring.sort(shuffled, folder, to, data, Counter())}
+    order = random.permutation(len(documents))
+    shuffled = [documents[i] for i in order]
+    again = {d.id: d.bucket for d in scoring.sort(shuffled, signals[order], folder, to, data, Counter())}
     assert again == {d.id: d.bucket for d in kept}
 
 

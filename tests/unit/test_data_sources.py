@@ -9,12 +9,13 @@ import statistics
 import textwrap
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from glm_jax.data import sources
 from glm_jax.data.document import DataError
 from glm_jax.data.heldout import held_out_groups, split, with_long
-from glm_jax.data.quality import signals, with_buckets
+from glm_jax.data.quality import score, signals, with_buckets
 
 PROSE = "There is a reason for this, and it is that all of the words here are plain.\n" * 4
 
@@ -113,7 +114,7 @@ def test_quality_orders_prose_over_tables_and_buckets_have_equal_bytes():
     fields = {"domain": "general", "source": "s", "group": "g"}
     tables = [sources.Document.of(f"{i} 7 8 9 0x{i} " * 40, path=f"t{i}", **fields) for i in range(20)]
     prose = [sources.Document.of(f"Case {i}. {PROSE}", path=f"p{i}", **fields) for i in range(20)]
-    ranked = with_buckets(tables + prose, 2)
+    ranked = with_buckets(tables + prose, np.array([score(d) for d in tables + prose]), 2)
     assert max(d.bucket for d in ranked[:20]) <= min(d.bucket for d in ranked[20:])
     assert {d.bucket for d in ranked} == {0, 1}
     assert all(0 <= value <= 1 for d in ranked for value in signals(d).values())
@@ -124,3 +125,13 @@ def test_cut_keeps_every_character_and_the_limit():
     pieces = sources.cut(text, 64)
     assert "".join(pieces) == text
     assert max(len(p.encode()) for p in pieces) <= 128
+
+
+@pytest.mark.parametrize("name", ["one.txt", "one.py"])
+def test_a_hundred_megabytes_in_one_line_are_no_text(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(b"words and " * 10_000_000)
+    (tmp_path / "folder" / "notes.md").write_text(PROSE)
+    drops = Counter()
+    assert [d.path for d in sources.folder(tmp_path / "folder", 1_000_000, drops)] == ["folder/notes.md"]
+    assert drops == {"long lines": 1}

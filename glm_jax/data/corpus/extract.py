@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from glm_jax.data import sources, web
+from glm_jax.data import commits, sources, web
 from glm_jax.data.corpus import archives, listing
 from glm_jax.data.document import Document, write_documents
 
@@ -20,8 +20,6 @@ _CHINESE = 0.1  # share of Han among the characters of a page that is Chinese
 _HEAD = 20_000  # characters that tell a page's language
 _PAPER = re.compile(r"(?:^|/)(?:copyright|licen[cs]e|copying|pkg-info)[^/]*$", re.IGNORECASE)
 _PAPERS_BYTES = 300_000  # of licence files, to find the licence's name in
-_DIFF = re.compile(r"^(?:--- |diff --git |Index: )", re.MULTILINE)
-_MESSAGE = 40  # characters that a patch must say about itself
 
 Found = Iterator[tuple[str, dict[str, Any]]]  # text, the other fields of its document
 
@@ -104,17 +102,18 @@ def _repository(members: Iterator[tuple[str, bytes]], name: str, part: str, drop
 
 
 def _patches(members: Iterator[tuple[str, bytes]], name: str, part: str, drops: Counter[str]) -> Found:
+    patches, changelog = {}, ""
     for path, data in members:
-        if not path.startswith("debian/patches/") or path.endswith("/series"):
-            continue
-        text = sources.decoded(data, drops)
-        if text is None or not sources.usable(text, False, drops):
-            continue
-        diff = _DIFF.search(text)
-        if diff is None:
-            drops["no patch"] += 1
-        elif len(text[: diff.start()].strip()) < _MESSAGE:
-            drops["patch without a message"] += 1
-        else:
-            label = f"{name}/{path}"
-            yield text, {"domain": "code", "source": f"patches:{name}", "path": label, "group": f"patches:{name}"}
+        if path == "debian/changelog":
+            changelog = data.decode("utf-8", "replace")
+        elif path.startswith("debian/patches/") and not path.endswith("/series"):
+            text = sources.decoded(data, drops)
+            if text is not None and sources.usable(text, False, drops):
+                patches[path] = text
+    told = 0
+    for paths, text in commits.contexts(patches, changelog):
+        told += len(paths)
+        label = f"{name}/{paths[0]}"
+        yield text, {"domain": "code", "source": f"patches:{name}", "path": label, "group": f"patches:{name}"}
+    if told < len(patches):
+        drops["no patch, or one of which nothing is said"] += len(patches) - told
