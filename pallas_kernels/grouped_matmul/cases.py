@@ -66,4 +66,6 @@ MLP = {
     "small_model": Mlp(4096, 256, 192, 16, 4, tags=BENCH),
     "tiny_model": Mlp(4096, 128, 64, 16, 4, tags=BENCH),
     "small_decode": Mlp(8, 256, 192, 16, 4, tags=BENCH),
+    "glm45": Mlp(4096, 5120, 1536, 20, 8, tags=CHIP),  # one of eight expert shards, as many rows as all its tokens make
+    "air": Mlp(4096, 4096, 1408, 16, 8, tags=CHIP),
 }

@@ -17,7 +17,6 @@ from pallas_kernels.grouped_matmul import tpu, tpu_layer
 from pallas_kernels.routing import position_map, row_order
 
 F32 = jnp.float32
-LAYERS = {tpu: tpu_layer}
 
 
 class Rows(NamedTuple):
@@ -56,8 +55,9 @@ def expert_mlp(
     """y_XD, and what the backward pass needs beside the inputs."""
     rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
-    if products in LAYERS:
-        gate_RM, up_RM, active_RM = LAYERS[products].gate_up(x_XD, rows.token_R, gate_EDM, up_EDM, rows.size_E)
+    layer = _layer(products, x_XD)
+    if layer is not None:
+        gate_RM, up_RM, active_RM = layer.gate_up(x_XD, rows.token_R, gate_EDM, up_EDM, rows.size_E)
     else:
         x_RD = x_XD[rows.token_R]
         gate_RM, up_RM = (products.gmm(x_RD, w, rows.size_E) for w in (gate_EDM, up_EDM))
@@ -82,12 +82,13 @@ def expert_mlp_grad(
     dtype, rows = x_XD.dtype, _rows(experts_XA, weights_XA, gate_EDM.shape[0])
     gate_EDM, up_EDM, down_EMD = (w.astype(dtype) for w in (gate_EDM, up_EDM, down_EMD))
     dy_RD = dy_XD[rows.token_R].astype(dtype)
-    hidden_grad = LAYERS[products].hidden_grad if products in LAYERS else partial(_hidden_grad, products)
+    layer = _layer(products, x_XD)
+    hidden_grad = partial(_hidden_grad, products) if layer is None else layer.hidden_grad
     of_hidden = hidden_grad(dy_RD, down_EMD, *hidden, rows.weight_R, rows.size_E)
     dgate_RM, dup_RM, scaled_RM, dweight_R = of_hidden
     ddown_EMD = products.tgmm(scaled_RM, dy_RD, rows.size_E)
-    if products in LAYERS:
-        dx_RDs = (LAYERS[products].rows_grad(dgate_RM, dup_RM, gate_EDM, up_EDM, rows.size_E),)
+    if layer is not None:
+        dx_RDs = (layer.rows_grad(dgate_RM, dup_RM, gate_EDM, up_EDM, rows.size_E),)
     else:  # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
         dx_RDs = (products.gmm_t(dz, w, rows.size_E) for dz, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
     each = jnp.ones_like(rows.weight_XA)
@@ -95,6 +96,11 @@ def expert_mlp_grad(
     x_RD = x_XD[rows.token_R]
     dgate_EDM, dup_EDM = (products.tgmm(x_RD, dz_RM, rows.size_E) for dz_RM in (dgate_RM, dup_RM))
     return dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweight_R[rows.position_XA]
+
+
+def _layer(products: ModuleType, x_XD: Array) -> ModuleType | None:
+    """The products that an implementation has for the layer itself."""
+    return tpu_layer if products is tpu and tpu_layer.takes(x_XD) else None
 
 
 def _hidden_grad(

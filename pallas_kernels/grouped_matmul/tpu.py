@@ -26,6 +26,7 @@ F32 = jnp.float32
 DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 LANES, SUBLANES = 128, 16  # a tile of the smallest type here: 16 rows of 128 bfloat16
 TUNED = Path(__file__).parent / "tuned"
+Meanwhile = Callable[[int | Array, int], None]
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -185,12 +186,16 @@ def _gmm_kernel(
         in_steps(0, tile, SUBLANES, 1, partial(keep_mine, y_ref, others_ref))
 
 
-def multiply(pairs, y_ref, config: Config, contract, *accumulator) -> None:
-    """y = the sum of x times w over the pairs (x_ref, w_ref) of one shape, cut up as `config` says."""
-    (_by_depth if config.depth_step else _by_columns)(pairs, y_ref, config, contract, *accumulator)
+def multiply(pairs, y_ref, config: Config, contract, *accumulator, meanwhile: Meanwhile | None = None) -> None:
+    """y = the sum of x times w over the pairs (x_ref, w_ref) of one shape, cut up as `config` says.
+
+    `meanwhile(part, parts)` is called in each of the loops' iterations, `parts` in all for a pair: what it does takes turns with products.
+    """
+    by = _by_depth if config.depth_step else _by_columns
+    by(pairs, y_ref, config, contract, *accumulator, meanwhile=meanwhile)
 
 
-def _by_columns(pairs, y_ref, config: Config, contract) -> None:
+def _by_columns(pairs, y_ref, config: Config, contract, *, meanwhile) -> None:
     """Products over the whole depth. Weights are read anew for each: held, they would be spilled."""
     (tile, depth), step = pairs[0][0].shape, config.row_step
 
@@ -199,12 +204,13 @@ def _by_columns(pairs, y_ref, config: Config, contract) -> None:
         y_ref[rows, columns] = reduce(jnp.add, (dot(x[rows, :], w, contract) for x, w in weights)).astype(y_ref.dtype)
 
     def through(columns: pl.Slice):
-        in_steps(0, tile, step, config.work // (step * depth * config.column_step * len(pairs)), partial(product, columns))
+        unroll = config.work // (step * depth * config.column_step * len(pairs))
+        in_steps(0, tile, step, unroll, partial(product, columns), _in_columns(meanwhile, columns, y_ref, config))
 
     in_steps(0, y_ref.shape[1], config.column_step, 1, through)
 
 
-def _by_depth(pairs, y_ref, config: Config, contract, accumulator) -> None:
+def _by_depth(pairs, y_ref, config: Config, contract, accumulator, *, meanwhile) -> None:
     """Adding up over the depth. Loops of their own keep the accumulator out of registers."""
     (tile, depth), step = pairs[0][0].shape, config.depth_step or pairs[0][0].shape[1]
 
@@ -215,9 +221,10 @@ def _by_depth(pairs, y_ref, config: Config, contract, accumulator) -> None:
             accumulator[rows, columns] += dot(x_ref[rows, k], w, contract)
 
     def through(columns: pl.Slice):
+        unroll = config.work // (tile * step * columns.size)
+        beside = _in_columns(meanwhile, columns, y_ref, config)
         for x_ref, w_ref in pairs:
-            unroll = config.work // (tile * step * columns.size)
-            in_steps(0, depth, step, unroll, partial(add, x_ref, w_ref, columns))
+            in_steps(0, depth, step, unroll, partial(add, x_ref, w_ref, columns), beside)
 
     def write(rows: pl.Slice):
         y_ref[rows, :] = accumulator[rows, :].astype(y_ref.dtype)
@@ -225,6 +232,14 @@ def _by_depth(pairs, y_ref, config: Config, contract, accumulator) -> None:
     accumulator[...] = jnp.zeros_like(accumulator)
     in_steps(0, y_ref.shape[1], config.column_step, 1, through)
     in_steps(0, tile, SUBLANES, 1, write)
+
+
+def _in_columns(meanwhile: Meanwhile | None, columns: pl.Slice, y_ref, config: Config) -> Meanwhile | None:
+    """Of all columns' iterations those of these columns."""
+    if meanwhile is None:
+        return None
+    steps, here = pl.cdiv(y_ref.shape[1], config.column_step), columns.start // config.column_step
+    return lambda i, rounds: meanwhile(here * rounds + i, steps * rounds)
 
 
 def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_scratch, *, config):
@@ -266,8 +281,9 @@ def dot(a: Array, b: Array, contract) -> Array:
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=F32)
 
 
-def in_steps(start: int, stop: int, step: int, unroll: int, body: Callable) -> None:
-    """`body(slice)` from start to stop: `unroll` steps or somewhat more to a loop's iteration; what is left over without a loop."""
+def in_steps(start: int, stop: int, step: int, unroll: int, body: Callable, beside: Meanwhile | None = None) -> None:
+    """`body(slice)` from start to stop: `unroll` steps or somewhat more to a loop's iteration; what is left over without a loop.
+    `beside(i, rounds)` is called once in each iteration, also of what needs no loop."""
     steps = (stop - start) // step
     rounds = max(1, steps // max(1, unroll))
     each = steps // rounds
@@ -275,10 +291,14 @@ def in_steps(start: int, stop: int, step: int, unroll: int, body: Callable) -> N
 
         @pl.loop(0, rounds)
         def _(i):
+            if beside is not None:
+                beside(i, rounds)
             for j in range(each):
                 body(pl.ds(start + (i * each + j) * step, step))
 
         start += rounds * each * step
+    elif beside is not None:
+        beside(0, 1)
     for at in range(start, stop, step):
         body(pl.ds(at, min(step, stop - at)))
 
@@ -296,10 +316,9 @@ def block_width(columns: int, column_bytes: int, here: Chip) -> int:
     return LANES
 
 
-def parameters(here: Chip) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=here.vmem_bytes - (4 << 20)
-    )
+def parameters(here: Chip, **more: bool) -> pltpu.CompilerParams:
+    limit = here.vmem_bytes - (4 << 20)
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit, **more)
 
 
 def cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written: int) -> pl.CostEstimate:

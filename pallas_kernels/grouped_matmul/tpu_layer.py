@@ -17,11 +17,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import tpu
-from pallas_kernels.grouped_matmul.tpu import F32, NN, NT, SUBLANES, Config
-from pallas_kernels.grouped_matmul.visits import Visits, visits
+from pallas_kernels.grouped_matmul.tpu import F32, LANES, NN, NT, SUBLANES, Config
+from pallas_kernels.grouped_matmul.visits import visits
 from pallas_kernels.results import result_like
 
 WORD_ROWS = 8  # of a tile of 32-bit words
+MOST_BESIDE = 8  # times as many rows to send for in an iteration of a product
+
+
+def takes(x_XD: Array) -> bool:
+    """Whether rows can be fetched one by one, and two tiles of them on their way fit the fast memory beside the weights."""
+    D, size, here = x_XD.shape[1], x_XD.dtype.itemsize, tpu.chip()
+    whole_lanes = D * size % (4 * LANES) == 0
+    return whole_lanes and 5 * (Config.tile + LANES) * D * size <= here.vmem_bytes * 3 // 4
 
 
 def gate_up(
@@ -62,7 +70,7 @@ def gate_up(
             ],
         ),
         out_shape=[result_like(x_XD, (rows, M), x_XD.dtype)] * 3,
-        compiler_params=tpu.parameters(here),
+        compiler_params=tpu.parameters(here, disable_bounds_checks=True),  # half of what sending for a row costs
         cost_estimate=_cost(rows, D, 2 * M, (gate_EDM, up_EDM), x_XD.dtype.itemsize * rows * (D + 3 * M), rows * M),
         interpret=tpu.interpret(),
     )(*walk[:5], token_C1R, token_C1R, words_XW, gate_EDM, up_EDM)
@@ -123,7 +131,9 @@ def rows_grad(dgate_RM: Array, dup_RM: Array, gate_EDM: Array, up_EDM: Array, gr
         ),
         out_shape=result_like(dgate_RM, (rows, D), dgate_RM.dtype),
         compiler_params=tpu.parameters(here),
-        cost_estimate=_cost(rows, 2 * M, D, (dgate_RM, dup_RM, gate_EDM, up_EDM), dgate_RM.dtype.itemsize * rows * D, 0),
+        cost_estimate=_cost(
+            rows, 2 * M, D, (dgate_RM, dup_RM, gate_EDM, up_EDM), dgate_RM.dtype.itemsize * rows * D, 0
+        ),
         interpret=tpu.interpret(),
     )(*walk[:5], dgate_RM, dup_RM, gate_EDM, up_EDM)
 
@@ -140,13 +150,34 @@ def _gate_up_kernel(
     bound_G, group_W, tile_W, source_W, _, token_ref, next_ref, x_hbm, gate_w_ref, up_w_ref,
     gate_ref, up_ref, active_ref, words_ref, x_ref, arrived, gate_new, up_new, *accumulator, config, groups,
 ):  # fmt: skip
-    _gather(source_W, token_ref, next_ref, x_hbm, words_ref, x_ref, arrived)
-    group = group_W[pl.program_id(1)]
+    visit, last = pl.program_id(1), pl.num_programs(1) - 1
+    group, next_slot = group_W[visit], lax.rem(visit + 1, 2)
+    words = words_ref.at[lax.rem(visit, 2)]
+
+    @pl.when((visit == 0) & (group < groups))
+    def _():
+        send = partial(_send, x_hbm, token_ref, words_ref.at[0], arrived.at[0])
+        pl.loop(0, words.shape[0])(lambda i: send(i, 1))
+
+    @pl.when(group_W[jnp.maximum(visit - 1, 0)] < groups)  # a visit that multiplies has sent for the next one's rows
+    def _():
+        _wait(words, arrived.at[lax.rem(visit, 2)])
 
     @pl.when(group < groups)
     def _():
-        for w_ref, new_ref in ((gate_w_ref, gate_new), (up_w_ref, up_new)):
-            tpu.multiply(((x_ref, w_ref.at[0]),), new_ref, config, NN, *accumulator)
+        tpu.in_steps(0, words.shape[0], SUBLANES // WORD_ROWS, 1, partial(_unpack, words, x_ref))
+        following = partial(_send, x_hbm, next_ref, words_ref.at[next_slot], arrived.at[next_slot])
+        half = words.shape[0] // 2
+        for w_ref, new_ref, first, count in (
+            (gate_w_ref, gate_new, 0, half),
+            (up_w_ref, up_new, half, words.shape[0] - half),
+        ):
+            product = partial(tpu.multiply, ((x_ref, w_ref.at[0]),), new_ref, config, NN, *accumulator)
+            _send_beside(product, following, first, count)
+
+    @pl.when((group < groups) & (visit == last))
+    def _():  # nobody will read them
+        _wait(words_ref.at[next_slot], arrived.at[next_slot])
 
     def finish(rows: pl.Slice, mine: Array):
         real = mine & (group < groups)
@@ -158,32 +189,31 @@ def _gate_up_kernel(
     _each_row(bound_G, group, tile_W, gate_ref.shape[0], finish)
 
 
-def _gather(source_W, token_ref, next_ref, x_hbm, words_ref, x_ref, arrived) -> None:
-    """Brings this visit's rows into x_ref, unless they are there, and sends for those of the next tile."""
-    visit, last = pl.program_id(1), pl.num_programs(1) - 1
-    here, then = source_W[visit], source_W[jnp.minimum(visit + 1, last)]
-    slices = words_ref.shape[1]
+def _send(x_hbm, token_ref, words_ref, arrived, first, count: int) -> None:
+    """For `count` times WORD_ROWS rows of the tile."""
+    for i in range(count):
+        for j in range(WORD_ROWS):
+            row = x_hbm.at[pl.ds(token_ref[0, 0, (first + i) * WORD_ROWS + j], 1)]
+            pltpu.make_async_copy(row, words_ref.at[first + i, pl.ds(j, 1)], arrived).start()
 
-    def send(tokens, slot: Array):
-        @pl.loop(0, slices)
-        def _(i):
-            for j in range(WORD_ROWS):
-                row = x_hbm.at[pl.ds(tokens[0, 0, i * WORD_ROWS + j], 1)]
-                pltpu.make_async_copy(row, words_ref.at[slot, i, pl.ds(j, 1)], arrived.at[slot]).start()
 
-    @pl.when(visit == 0)
-    def _():
-        send(token_ref, lax.rem(here, 2))
+def _send_beside(product, send, first: int, count: int) -> None:
+    """Sends for `count` from `first` on in equal shares in the product's iterations, and for what is left over after it."""
+    shared = 0
 
-    @pl.when((visit == 0) | (here != source_W[jnp.maximum(visit - 1, 0)]))
-    def _():
-        words = words_ref.at[lax.rem(here, 2)]
-        pltpu.make_async_copy(words, words, arrived.at[lax.rem(here, 2)]).wait()  # for as many bytes, whoever sent them
-        tpu.in_steps(0, slices, 2, 1, partial(_unpack, words, x_ref))
+    def share(part, parts: int) -> None:
+        nonlocal shared
+        each = min(count // parts, MOST_BESIDE)
+        shared = each * parts
+        send(first + part * each, each)
 
-    @pl.when(then != here)
-    def _():
-        send(next_ref, lax.rem(then, 2))
+    product(meanwhile=share)
+    pl.loop(shared, count)(lambda i: send(first + i, 1))
+
+
+def _wait(words_ref, arrived) -> None:
+    """Until as many bytes have come, whoever sent for them."""
+    pltpu.make_async_copy(words_ref, words_ref, arrived).wait()
 
 
 def _unpack(words_ref, x_ref, slices: pl.Slice) -> None:
