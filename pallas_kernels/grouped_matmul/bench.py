@@ -120,7 +120,8 @@ def unfused_mlp(*inputs: Array) -> tuple[Array, routed.Hidden]:
     return routed.expert_mlp(THREE_PRODUCTS, *inputs)
 
 
-def unfused_mlp_and_gradient(*inputs: Array) -> tuple[Array, ...]:
+def unfused_mlp_and_gradient(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA) -> tuple[Array, ...]:
+    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
     y_XD, hidden = unfused_mlp(*inputs)
     return y_XD, *routed.expert_mlp_grad(THREE_PRODUCTS, *inputs, hidden, y_XD)
 

@@ -118,8 +118,9 @@ def _hidden_grad(
     silu_RM = gate_RM * sigmoid_RM
     dactive_RM = products.gmm_t(dy_RD, down_EMD, size_E).astype(F32)  # before the token's weight
     dgate_RM = dactive_RM * weight_R1 * up_RM * (sigmoid_RM + silu_RM * (1 - sigmoid_RM))
-    of_rows = dgate_RM, dactive_RM * weight_R1 * silu_RM, silu_RM * up_RM * weight_R1
-    return *(z.astype(dy_RD.dtype) for z in of_rows), (silu_RM * up_RM * dactive_RM).sum(1)
+    dup_RM, scaled_RM = dactive_RM * weight_R1 * silu_RM, silu_RM * up_RM * weight_R1
+    dgate_RM, dup_RM, scaled_RM = (z.astype(dy_RD.dtype) for z in (dgate_RM, dup_RM, scaled_RM))
+    return dgate_RM, dup_RM, scaled_RM, (silu_RM * up_RM * dactive_RM).sum(1)
 
 
 def _sum_of_choices(y_RD: Array, position_XA: Array, weight_XA: Array) -> Array:

@@ -316,9 +316,12 @@ def block_width(columns: int, column_bytes: int, here: Chip) -> int:
     return LANES
 
 
-def parameters(here: Chip, **more: bool) -> pltpu.CompilerParams:
-    limit = here.vmem_bytes - (4 << 20)
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit, **more)
+def parameters(here: Chip, bounds_checks: bool = True) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"),
+        vmem_limit_bytes=here.vmem_bytes - (4 << 20),
+        disable_bounds_checks=not bounds_checks,
+    )
 
 
 def cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written: int) -> pl.CostEstimate:
