@@ -71,8 +71,9 @@ def expert_mlp(
 
     An expert outside 0..E-1 adds nothing and gets no gradient: under expert parallelism pass `experts_XA - first`.
     A token names an expert at most once. "xla" computes in float32 whatever the inputs, never stores the routed rows and keeps
-    its inputs only for the backward pass; on an accelerator rows and hidden layer are x's dtype, sums float32, the routed rows
-    are stored while they are needed, and the pre-activations of gate and up are kept. The result has x's dtype.
+    its inputs only for the backward pass; on an accelerator rows and hidden layer are x's dtype, sums float32, routed rows of x (on
+    TPU for the backward pass only) and of the result are stored while they are needed, and the pre-activations of gate and up
+    are kept. The result has x's dtype.
     Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
     _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)

@@ -13,8 +13,8 @@ from jax import Array
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.bench import Bench, normal, only_on_tpu, only_where_it_runs
-from pallas_kernels.choose import platform
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS
+from pallas_kernels.choose import Later, platform
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, routed
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
 
@@ -38,6 +38,7 @@ def ragged_dot_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
     return jax.lax.ragged_dot(x_RM, w_EDM.swapaxes(1, 2), group_sizes_E)
 
 
+THREE_PRODUCTS = Later("pallas_kernels.grouped_matmul.tpu")  # another name, for which `routed` knows no layer
 TILES = (512, 1024, 1024)  # of megablox and tokamax: rows, contracted, columns
 
 
@@ -113,6 +114,18 @@ def mlp_and_gradient(*inputs: Array, implementation: str | None = None) -> tuple
     return y_XD, *vjp(y_XD)
 
 
+def unfused_mlp(*inputs: Array) -> tuple[Array, routed.Hidden]:
+    """Of our own products for TPU, with gathers and SwiGLU between them left to XLA; with what is kept for the gradient."""
+    only_on_tpu("the layer of three products")
+    return routed.expert_mlp(THREE_PRODUCTS, *inputs)
+
+
+def unfused_mlp_and_gradient(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA) -> tuple[Array, ...]:
+    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+    y_XD, hidden = unfused_mlp(*inputs)
+    return y_XD, *routed.expert_mlp_grad(THREE_PRODUCTS, *inputs, hidden, y_XD)
+
+
 def _dense_mlp(x_XD: Array, gate_DM: Array, up_DM: Array, down_MD: Array) -> Array:
     return (jax.nn.silu(x_XD @ gate_DM) * (x_XD @ up_DM)) @ down_MD
 
@@ -171,9 +184,9 @@ def _mlp_benches(name: str, case: Mlp, dtype) -> Iterator[Bench]:
     size, rows = jnp.dtype(dtype).itemsize, case.X * case.A
     forward = 3 * 2 * rows * case.D * case.M
     least = size * (2 * case.X * case.D + 3 * case.E * case.D * case.M)
-    for operation, run, peer, times in (
-        ("expert_mlp", grouped_matmul.expert_mlp, dense_mlp, 1),
-        ("expert_mlp and gradient", mlp_and_gradient, dense_mlp_and_gradient, 3),
+    for operation, run, peers, times in (
+        ("expert_mlp", grouped_matmul.expert_mlp, (dense_mlp, unfused_mlp), 1),
+        ("expert_mlp and gradient", mlp_and_gradient, (dense_mlp_and_gradient, unfused_mlp_and_gradient), 3),
     ):
         yield Bench(
             operation=operation,
@@ -188,7 +201,7 @@ def _mlp_benches(name: str, case: Mlp, dtype) -> Iterator[Bench]:
             bytes_moved=(1 if times == 1 else 2) * least,
             inputs=partial(_mlp_inputs, case, shapes, dtype),
             implementations=tuple(IMPLEMENTATIONS),
-            peers={"dense": peer},
+            peers=dict(zip(("dense", "unfused"), peers, strict=True)),
         )
 
 

@@ -60,10 +60,12 @@ GMM = {
 MLP = {
     "ragged": Mlp(100, 32, 24, 6, 3, tags=TEST),
     "skewed": Mlp(700, 16, 8, 4, 2, skew=4.0, tags=TEST),
-    "lanes": Mlp(200, 128, 256, 6, 3, skew=3.0, tags=TEST),
+    "lanes": Mlp(200, 256, 128, 6, 3, skew=3.0, tags=TEST),
     "few_tokens": Mlp(8, 32, 24, 16, 4, tags=TEST),
     "one_token": Mlp(1, 16, 16, 4, 4, tags=TEST),
     "small_model": Mlp(4096, 256, 192, 16, 4, tags=BENCH),
     "tiny_model": Mlp(4096, 128, 64, 16, 4, tags=BENCH),
     "small_decode": Mlp(8, 256, 192, 16, 4, tags=BENCH),
+    "glm45": Mlp(4096, 5120, 1536, 20, 8, tags=CHIP),  # one of eight expert shards, as many rows as all its tokens make
+    "air": Mlp(4096, 4096, 1408, 16, 8, tags=CHIP),
 }

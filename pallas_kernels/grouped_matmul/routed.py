@@ -1,10 +1,11 @@
-"""`expert_mlp` from an implementation's three products, with the routed rows gathered before them and summed after.
+"""`expert_mlp` from an implementation's three products, or from the layer's own where it has them, and sums of their rows.
 
-The routed rows of x and of the gradient are stored here, expert by expert, in x's dtype; what is kept for the backward pass
-is the inputs and the pre-activations of gate and up. Between the products everything is float32.
+What is kept for the backward pass is the inputs and the pre-activations of gate and up. The routed rows of the result and of
+the gradient are stored while they are needed, expert by expert, in x's dtype; those of x for the weights' gradient, and in the
+forward pass unless the layer's own product gathers them. Between the products everything is float32.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.grouped_matmul import tpu, tpu_layer
 from pallas_kernels.routing import position_map, row_order
 
 F32 = jnp.float32
@@ -52,11 +54,17 @@ def expert_mlp(
 ) -> tuple[Array, Hidden]:
     """y_XD, and what the backward pass needs beside the inputs."""
     rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
-    x_RD = x_XD[rows.token_R]
-    hidden = Hidden(*(products.gmm(x_RD, w.astype(x_XD.dtype), rows.size_E) for w in (gate_EDM, up_EDM)))
-    active_RM = (jax.nn.silu(hidden.gate_RM.astype(F32)) * hidden.up_RM.astype(F32)).astype(x_XD.dtype)
-    y_RD = products.gmm(active_RM, down_EMD.astype(x_XD.dtype), rows.size_E)
-    return _sum_of_choices(y_RD, rows.position_XA, rows.weight_XA).astype(x_XD.dtype), hidden
+    gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
+    layer = _layer(products, x_XD)
+    if layer is not None:
+        gate_RM, up_RM, active_RM = layer.gate_up(x_XD, rows.token_R, gate_EDM, up_EDM, rows.size_E)
+    else:
+        x_RD = x_XD[rows.token_R]
+        gate_RM, up_RM = (products.gmm(x_RD, w, rows.size_E) for w in (gate_EDM, up_EDM))
+        active_RM = (jax.nn.silu(gate_RM.astype(F32)) * up_RM.astype(F32)).astype(x_XD.dtype)
+    y_RD = products.gmm(active_RM, down_EMD, rows.size_E)
+    y_XD = _sum_of_choices(y_RD, rows.position_XA, rows.weight_XA).astype(x_XD.dtype)
+    return y_XD, Hidden(gate_RM, up_RM)
 
 
 def expert_mlp_grad(
@@ -73,20 +81,46 @@ def expert_mlp_grad(
     """Gradients for x, gate, up, down and weights, in float32."""
     dtype, rows = x_XD.dtype, _rows(experts_XA, weights_XA, gate_EDM.shape[0])
     gate_EDM, up_EDM, down_EMD = (w.astype(dtype) for w in (gate_EDM, up_EDM, down_EMD))
-    x_RD, dy_RD, weight_R1 = x_XD[rows.token_R], dy_XD[rows.token_R].astype(dtype), rows.weight_R[:, None]
-    gate_RM, up_RM = (z.astype(F32) for z in hidden)
-    sigmoid_RM = jax.nn.sigmoid(gate_RM)
-    silu_RM = gate_RM * sigmoid_RM
-    dactive_RM = products.gmm_t(dy_RD, down_EMD, rows.size_E).astype(F32)  # before the token's weight
-    dweight_R = (silu_RM * up_RM * dactive_RM).sum(1)
-    ddown_EMD = products.tgmm((silu_RM * up_RM * weight_R1).astype(dtype), dy_RD, rows.size_E)
-    dgate_RM = dactive_RM * weight_R1 * up_RM * (sigmoid_RM + silu_RM * (1 - sigmoid_RM))
-    dgate_RM, dup_RM = (z.astype(dtype) for z in (dgate_RM, dactive_RM * weight_R1 * silu_RM))
-    # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
-    dx_RD = (products.gmm_t(dz_RM, w, rows.size_E) for dz_RM, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
-    dx_XD = reduce(jnp.add, (_sum_of_choices(z_RD, rows.position_XA, jnp.ones_like(rows.weight_XA)) for z_RD in dx_RD))
+    dy_RD = dy_XD[rows.token_R].astype(dtype)
+    layer = _layer(products, x_XD)
+    hidden_grad = partial(_hidden_grad, products) if layer is None else layer.hidden_grad
+    of_hidden = hidden_grad(dy_RD, down_EMD, *hidden, rows.weight_R, rows.size_E)
+    dgate_RM, dup_RM, scaled_RM, dweight_R = of_hidden
+    ddown_EMD = products.tgmm(scaled_RM, dy_RD, rows.size_E)
+    if layer is not None:
+        dx_RDs = (layer.rows_grad(dgate_RM, dup_RM, gate_EDM, up_EDM, rows.size_E),)
+    else:  # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
+        dx_RDs = (products.gmm_t(dz, w, rows.size_E) for dz, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
+    each = jnp.ones_like(rows.weight_XA)
+    dx_XD = reduce(jnp.add, (_sum_of_choices(dx_RD, rows.position_XA, each) for dx_RD in dx_RDs))
+    x_RD = x_XD[rows.token_R]
     dgate_EDM, dup_EDM = (products.tgmm(x_RD, dz_RM, rows.size_E) for dz_RM in (dgate_RM, dup_RM))
     return dx_XD, dgate_EDM, dup_EDM, ddown_EMD, dweight_R[rows.position_XA]
+
+
+def _layer(products: ModuleType, x_XD: Array) -> ModuleType | None:
+    """The products that an implementation has for the layer itself."""
+    return tpu_layer if products is tpu and tpu_layer.takes(x_XD) else None
+
+
+def _hidden_grad(
+    products: ModuleType,
+    dy_RD: Array,
+    down_EMD: Array,
+    gate_RM: Array,
+    up_RM: Array,
+    weight_R: Array,
+    size_E: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of gate and up, the weighted hidden layer, and the weight's gradient."""
+    gate_RM, up_RM, weight_R1 = gate_RM.astype(F32), up_RM.astype(F32), weight_R[:, None]
+    sigmoid_RM = jax.nn.sigmoid(gate_RM)
+    silu_RM = gate_RM * sigmoid_RM
+    dactive_RM = products.gmm_t(dy_RD, down_EMD, size_E).astype(F32)  # before the token's weight
+    dgate_RM = dactive_RM * weight_R1 * up_RM * (sigmoid_RM + silu_RM * (1 - sigmoid_RM))
+    dup_RM, scaled_RM = dactive_RM * weight_R1 * silu_RM, silu_RM * up_RM * weight_R1
+    dgate_RM, dup_RM, scaled_RM = (z.astype(dy_RD.dtype) for z in (dgate_RM, dup_RM, scaled_RM))
+    return dgate_RM, dup_RM, scaled_RM, (silu_RM * up_RM * dactive_RM).sum(1)
 
 
 def _sum_of_choices(y_RD: Array, position_XA: Array, weight_XA: Array) -> Array:

@@ -9,7 +9,7 @@ A visit's product is taken in steps whose partial sums fit the registers, or sta
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ F32 = jnp.float32
 DEVICES = ("TPU v5", "TPU v6", "TPU7")  # older ones have less fast memory
 LANES, SUBLANES = 128, 16  # a tile of the smallest type here: 16 rows of 128 bfloat16
 TUNED = Path(__file__).parent / "tuned"
+Meanwhile = Callable[[int | Array, int], None]
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -101,8 +102,8 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
 
 def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
     (rows, D), M, E, here = x_RD.shape, y_RM.shape[1], group_sizes_E.shape[0], chip()
-    config, tile = here.tgmm, _tile(rows, here.tgmm)
-    width = _width(D, M * 4, here)
+    config, tile = here.tgmm, tile_rows(rows, here.tgmm)
+    width = block_width(D, M * 4, here)
     walk = visits(group_sizes_E, rows, tile, tail=False)
     return pl.pallas_call(
         partial(_tgmm_kernel, config=config),
@@ -118,9 +119,9 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
             scratch_shapes=[pltpu.VMEM((tile, width), x_RD.dtype), pltpu.VMEM((tile, M), y_RM.dtype)],
         ),
         out_shape=result_like(x_RD, (E, D, M), F32),
-        compiler_params=_parameters(here),
-        cost_estimate=_cost(rows, D, M, (x_RD, y_RM), 4 * E * D * M),
-        interpret=_interpret(),
+        compiler_params=parameters(here),
+        cost_estimate=cost(rows, D, M, (x_RD, y_RM), 4 * E * D * M),
+        interpret=interpret(),
     )(walk.bound_G, walk.group_W, walk.tile_W, x_RD, y_RM)
 
 
@@ -128,7 +129,7 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
     """Rows of x times their group's matrix, which is [E,K,N] or, with NT, [E,N,K]."""
     (rows, K), E, here = x_RK.shape, w.shape[0], chip()
     N = w.shape[2] if contract == NN else w.shape[1]
-    tile, width = _tile(rows, config), _width(N, K * w.dtype.itemsize, here)
+    tile, width = tile_rows(rows, config), block_width(N, K * w.dtype.itemsize, here)
     walk = visits(group_sizes_E, rows, tile, tail=True)
     w_block = (1, K, width) if contract == NN else (1, width, K)
 
@@ -150,9 +151,9 @@ def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contra
             + ([pltpu.VMEM((tile, width), F32)] if config.depth_step else []),
         ),
         out_shape=result_like(x_RK, (rows, N), x_RK.dtype),
-        compiler_params=_parameters(here),
-        cost_estimate=_cost(rows, K, N, (x_RK, w), rows * N * x_RK.dtype.itemsize),
-        interpret=_interpret(),
+        compiler_params=parameters(here),
+        cost_estimate=cost(rows, K, N, (x_RK, w), rows * N * x_RK.dtype.itemsize),
+        interpret=interpret(),
     )(*walk[:5], x_RK, w)
 
 
@@ -164,13 +165,13 @@ def _gmm_kernel(
     whole = (bound_G[group] <= first_row) & (first_row + tile <= bound_G[group + 1])
 
     def keep_mine(new_ref, old_ref, rows: pl.Slice):
-        mine = _mine(bound_G, group, first_row + rows.start, SUBLANES)
+        mine = is_mine(bound_G, group, first_row + rows.start, SUBLANES)
         new = 0 if new_ref is None else new_ref[rows, :]
         y_ref[rows, :] = jnp.where(mine, new, old_ref[rows, :])
 
     @pl.when(group == groups)
     def _():  # the tail
-        _in_steps(0, tile, SUBLANES, 1, partial(keep_mine, None, y_ref))
+        in_steps(0, tile, SUBLANES, 1, partial(keep_mine, None, y_ref))
 
     @pl.when((group < groups) & ~whole)
     def _():  # what the visits before have written
@@ -178,47 +179,67 @@ def _gmm_kernel(
 
     @pl.when(group < groups)
     def _():
-        multiply = _by_depth if config.depth_step else _by_columns
-        multiply(x_ref, w_ref.at[0], y_ref, config, contract, *accumulator)
+        multiply(((x_ref, w_ref.at[0]),), y_ref, config, contract, *accumulator)
 
     @pl.when((group < groups) & ~whole)
     def _():
-        _in_steps(0, tile, SUBLANES, 1, partial(keep_mine, y_ref, others_ref))
+        in_steps(0, tile, SUBLANES, 1, partial(keep_mine, y_ref, others_ref))
 
 
-def _by_columns(x_ref, w_ref, y_ref, config: Config, contract) -> None:
+def multiply(pairs, y_ref, config: Config, contract, *accumulator, meanwhile: Meanwhile | None = None) -> None:
+    """y = the sum of x times w over the pairs (x_ref, w_ref) of one shape, cut up as `config` says.
+
+    `meanwhile(part, parts)` is called in each of the loops' iterations, `parts` in all for a pair: what it does takes turns with products.
+    """
+    by = _by_depth if config.depth_step else _by_columns
+    by(pairs, y_ref, config, contract, *accumulator, meanwhile=meanwhile)
+
+
+def _by_columns(pairs, y_ref, config: Config, contract, *, meanwhile) -> None:
     """Products over the whole depth. Weights are read anew for each: held, they would be spilled."""
-    (tile, depth), step = x_ref.shape, config.row_step
+    (tile, depth), step = pairs[0][0].shape, config.row_step
 
-    def multiply(columns: pl.Slice, rows: pl.Slice):
-        w = w_ref[:, columns] if contract == NN else w_ref[columns, :]
-        y_ref[rows, columns] = _dot(x_ref[rows, :], w, contract).astype(y_ref.dtype)
+    def product(columns: pl.Slice, rows: pl.Slice):
+        weights = ((x, w[:, columns] if contract == NN else w[columns, :]) for x, w in pairs)
+        y_ref[rows, columns] = reduce(jnp.add, (dot(x[rows, :], w, contract) for x, w in weights)).astype(y_ref.dtype)
 
     def through(columns: pl.Slice):
-        _in_steps(0, tile, step, config.work // (step * depth * config.column_step), partial(multiply, columns))
+        unroll = config.work // (step * depth * config.column_step * len(pairs))
+        in_steps(0, tile, step, unroll, partial(product, columns), _in_columns(meanwhile, columns, y_ref, config))
 
-    _in_steps(0, y_ref.shape[1], config.column_step, 1, through)
+    in_steps(0, y_ref.shape[1], config.column_step, 1, through)
 
 
-def _by_depth(x_ref, w_ref, y_ref, config: Config, contract, accumulator) -> None:
+def _by_depth(pairs, y_ref, config: Config, contract, accumulator, *, meanwhile) -> None:
     """Adding up over the depth. Loops of their own keep the accumulator out of registers."""
-    (tile, depth), step = x_ref.shape, config.depth_step or x_ref.shape[1]
+    (tile, depth), step = pairs[0][0].shape, config.depth_step or pairs[0][0].shape[1]
 
-    def add(columns: pl.Slice, k: pl.Slice):
+    def add(x_ref, w_ref, columns: pl.Slice, k: pl.Slice):
         for start in range(0, tile, config.row_step):
             rows = pl.ds(start, min(config.row_step, tile - start))
             w = w_ref[k, columns] if contract == NN else w_ref[columns, k]
-            accumulator[rows, columns] += _dot(x_ref[rows, k], w, contract)
+            accumulator[rows, columns] += dot(x_ref[rows, k], w, contract)
 
     def through(columns: pl.Slice):
-        _in_steps(0, depth, step, config.work // (tile * step * columns.size), partial(add, columns))
+        unroll = config.work // (tile * step * columns.size)
+        beside = _in_columns(meanwhile, columns, y_ref, config)
+        for x_ref, w_ref in pairs:
+            in_steps(0, depth, step, unroll, partial(add, x_ref, w_ref, columns), beside)
 
     def write(rows: pl.Slice):
         y_ref[rows, :] = accumulator[rows, :].astype(y_ref.dtype)
 
     accumulator[...] = jnp.zeros_like(accumulator)
-    _in_steps(0, y_ref.shape[1], config.column_step, 1, through)
-    _in_steps(0, tile, SUBLANES, 1, write)
+    in_steps(0, y_ref.shape[1], config.column_step, 1, through)
+    in_steps(0, tile, SUBLANES, 1, write)
+
+
+def _in_columns(meanwhile: Meanwhile | None, columns: pl.Slice, y_ref, config: Config) -> Meanwhile | None:
+    """Of all columns' iterations those of these columns."""
+    if meanwhile is None:
+        return None
+    steps, here = pl.cdiv(y_ref.shape[1], config.column_step), columns.start // config.column_step
+    return lambda i, rounds: meanwhile(here * rounds + i, steps * rounds)
 
 
 def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_scratch, *, config):
@@ -233,9 +254,9 @@ def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_s
 
     def accumulate(x_ref, y_ref):
         def add(columns: pl.Slice):
-            sum_ref[0, columns, :] += _dot(x_ref[:, columns], y_ref[...], TN)
+            sum_ref[0, columns, :] += dot(x_ref[:, columns], y_ref[...], TN)
 
-        _in_steps(0, width, config.row_step, config.work // (config.row_step * y_ref.size), add)
+        in_steps(0, width, config.row_step, config.work // (config.row_step * y_ref.size), add)
 
     @pl.when(whole)
     def _():
@@ -243,25 +264,26 @@ def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_s
 
     @pl.when(~whole & (start < stop))
     def _():  # others' rows become zero on both sides: zero times NaN is NaN
-        keep = _mine(bound_G, group, first_row, tile)
+        keep = is_mine(bound_G, group, first_row, tile)
         x_scratch[...] = jnp.where(keep, x_ref[...], 0)
         y_scratch[...] = jnp.where(keep, y_ref[...], 0)
         accumulate(x_scratch, y_scratch)
 
 
-def _mine(bound_G, group: Array, first_row: Array, rows: int) -> Array:
+def is_mine(bound_G, group: Array, first_row: Array, rows: int) -> Array:
     """[rows,1]: which of the rows from `first_row` on are the group's."""
     row = first_row + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
     return (row >= bound_G[group]) & (row < bound_G[group + 1])
 
 
-def _dot(a: Array, b: Array, contract) -> Array:
+def dot(a: Array, b: Array, contract) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == F32 else None  # else the matrix units round to bfloat16
     return lax.dot_general(a, b, contract, precision=precision, preferred_element_type=F32)
 
 
-def _in_steps(start: int, stop: int, step: int, unroll: int, body: Callable) -> None:
-    """`body(slice)` from start to stop: `unroll` steps or somewhat more to a loop's iteration; what is left over without a loop."""
+def in_steps(start: int, stop: int, step: int, unroll: int, body: Callable, beside: Meanwhile | None = None) -> None:
+    """`body(slice)` from start to stop: `unroll` steps or somewhat more to a loop's iteration; what is left over without a loop.
+    `beside(i, rounds)` is called once in each iteration, also of what needs no loop."""
     steps = (stop - start) // step
     rounds = max(1, steps // max(1, unroll))
     each = steps // rounds
@@ -269,19 +291,23 @@ def _in_steps(start: int, stop: int, step: int, unroll: int, body: Callable) -> 
 
         @pl.loop(0, rounds)
         def _(i):
+            if beside is not None:
+                beside(i, rounds)
             for j in range(each):
                 body(pl.ds(start + (i * each + j) * step, step))
 
         start += rounds * each * step
+    elif beside is not None:
+        beside(0, 1)
     for at in range(start, stop, step):
         body(pl.ds(at, min(step, stop - at)))
 
 
-def _tile(rows: int, config: Config) -> int:
+def tile_rows(rows: int, config: Config) -> int:
     return min(config.tile, pl.cdiv(rows, SUBLANES) * SUBLANES)
 
 
-def _width(columns: int, column_bytes: int, here: Chip) -> int:
+def block_width(columns: int, column_bytes: int, here: Chip) -> int:
     """Columns of a block that takes up to half of the fast memory, fetched ahead included; equally many blocks for each core."""
     for blocks in range(here.cores, columns, here.cores):
         width = pl.cdiv(pl.cdiv(columns, blocks), LANES) * LANES
@@ -290,13 +316,15 @@ def _width(columns: int, column_bytes: int, here: Chip) -> int:
     return LANES
 
 
-def _parameters(here: Chip) -> pltpu.CompilerParams:
+def parameters(here: Chip, bounds_checks: bool = True) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=here.vmem_bytes - (4 << 20)
+        dimension_semantics=("parallel", "arbitrary"),
+        vmem_limit_bytes=here.vmem_bytes - (4 << 20),
+        disable_bounds_checks=not bounds_checks,
     )
 
 
-def _cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written: int) -> pl.CostEstimate:
+def cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written: int) -> pl.CostEstimate:
     return pl.CostEstimate(
         flops=2 * rows * depth * columns,
         bytes_accessed=sum(z.size * z.dtype.itemsize for z in read) + written,
@@ -304,6 +332,6 @@ def _cost(rows: int, depth: int, columns: int, read: tuple[Array, ...], written:
     )
 
 
-def _interpret() -> pltpu.InterpretParams | bool:
+def interpret() -> pltpu.InterpretParams | bool:
     """On a CPU the chip is simulated."""
     return pltpu.InterpretParams() if platform() == "cpu" else False

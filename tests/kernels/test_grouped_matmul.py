@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import tpu
@@ -146,6 +148,21 @@ def test_expert_mlp_equals_its_definition(name, dtype, implementation):
     for got, want in zip(*values, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, np.asarray(want, np.float64), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"depth_step": 64}])
+def test_the_layers_own_products_in_several_blocks_and_tiles_have_no_race(changes, monkeypatch):
+    config = tpu.Config(tile=32, row_step=16, **changes)
+    monkeypatch.setattr(tpu, "chip", lambda: tpu.Chip(gmm=config, gmm_t=config, tgmm=config))
+    monkeypatch.setattr(tpu, "block_width", lambda *_: 128)
+    inputs = routed(Mlp(X=60, D=128, M=256, E=3, A=2))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)):
+        got = jax.jit(partial(value_and_gradients.__wrapped__, implementation="tpu"))(inputs)
+        jax.block_until_ready(got)
+    assert not interpret_pallas_call.races.races_found
+    for z, want in zip(got, value_and_gradients(inputs, "reference"), strict=True):
+        assert_close(z, np.asarray(want, np.float64), "float32")
 
 
 def test_expert_mlp_is_the_weighted_sum_of_plain_networks():
