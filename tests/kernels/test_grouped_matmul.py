@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import routed as layer
 from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
@@ -146,6 +147,14 @@ def test_expert_mlp_equals_its_definition(name, dtype, implementation):
     for got, want in zip(*values, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, np.asarray(want, np.float64), dtype)
+
+
+def test_choices_are_summed_a_few_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(layer, "SUM_TOKENS", 40)
+    inputs = routed(MLP["lanes"])
+    run = jax.jit(partial(value_and_gradients.__wrapped__, implementation="tpu"))
+    for got, want in zip(run(inputs), value_and_gradients(inputs, "reference"), strict=True):
+        assert_close(got, np.asarray(want, np.float64), "float32")
 
 
 def test_expert_mlp_is_the_weighted_sum_of_plain_networks():
