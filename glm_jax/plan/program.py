@@ -1,6 +1,7 @@
 """The very train step of a run, laid out over a machine's mesh and compiled for its chips."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,7 @@ from glm_jax import mesh, model
 from glm_jax.config import Mesh as Sizes
 from glm_jax.config import Run
 from glm_jax.optim import optimizer
+from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import Target
 from glm_jax.train import state
 from glm_jax.train.step import Knobs, train_step
@@ -29,6 +31,7 @@ class Compiled:
     peak_bytes: int  # held at the peak beside arguments and results that are no arguments
     seconds: float  # to trace and compile
     text: str
+    kernels: Counter[str]  # operations of the traced kernels by name, of which a GPU's program tells nothing
 
 
 def compile_step(
@@ -41,19 +44,21 @@ def compile_step(
     with jax.set_mesh(mesh.make(sizes, target.devices)):
         tx = optimizer(run.optim, model.specs(run.model))
         tell("tracing the train step")
-        lowered = train_step.lower(
+        traced = train_step.trace(
             state.abstract(run.model, tx), _batch(run, rows, length), _knobs(), cfg=run.model, tx=tx,
             sequence_balance=run.loss.sequence_balance,
         )  # fmt: skip
         tell("compiling")
-        compiled = lowered.compile()
+        compiled = traced.lower().compile()
     used, text = compiled.memory_analysis(), compiled.as_text()
     if used is None or text is None:
         raise RuntimeError(f"the compiler for {target.name} tells neither memory nor program")
     kept = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     counted, peak = used.temp_size_in_bytes, used.peak_memory_in_bytes
     held = peak - kept if peak > kept else counted  # not every compiler tells its peak
-    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text)
+    return Compiled(
+        used.argument_size_in_bytes, counted, held, perf_counter() - began, text, operations(traced.jaxpr.jaxpr)
+    )
 
 
 def _batch(run: Run, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

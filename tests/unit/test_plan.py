@@ -2,7 +2,10 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from experiments import plan as script
 from experiments import recipes
@@ -10,6 +13,7 @@ from glm_jax import model, plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
+from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import GIB, names
 from glm_jax.spec import count
 
@@ -118,11 +122,39 @@ def test_the_largest_arrays_are_named_by_their_source():
     assert ("all-gather", "bf16[16,16]", "jit(step)/gather") in told
 
 
+def test_kernels_are_counted_as_often_as_their_loop_runs():
+    cost = pl.CostEstimate(flops=100, bytes_accessed=1, transcendentals=0)
+
+    def copied(x):
+        def body(x_ref, y_ref):
+            y_ref[...] = x_ref[...]
+
+        return pl.pallas_call(body, out_shape=x, cost_estimate=cost, name="copied")(x)
+
+    def step(x):
+        x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(copied)(x), None), x, length=5)
+        return copied(x)
+
+    assert operations(jax.make_jaxpr(step)(jnp.zeros(8)).jaxpr) == {"copied": 600}
+
+
 def test_the_state_of_glm45_on_512_devices():
     work = plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096)
     state = analytic.memory(work)["state (parameters, momentum)"] / GIB
     assert 5.19 < state < 5.4  # 356.8 B x 8 bytes / 512, and the second moments of the embedding
     assert analytic.memory(work)["residuals"] / GIB == pytest.approx(93 * 4096 * 5120 * 2 / GIB)
+
+
+def test_what_a_step_needs_at_the_least():
+    work = plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096)
+    needed = analytic.memory(work)
+    assert needed["gradients"] / GIB == pytest.approx(356.8e9 * 2 / 512 / GIB, rel=0.01)  # in the type of the layers
+    frugal = replace(GLM45, **{"model.remat": "offload", "optim.momentum_dtype": "bfloat16"})
+    less = analytic.memory(plan.check(frugal, POD, Mesh(fsdp=64, expert=8), 512, 4096))
+    assert less["residuals"] == 0
+    assert less["state (parameters, momentum)"] / needed["state (parameters, momentum)"] == pytest.approx(
+        0.75, rel=0.01
+    )
 
 
 def test_operations_are_six_a_parameter_and_attention():
@@ -180,6 +212,14 @@ def test_devices_of_a_topology():
     )
 
 
+def test_the_way_out_of_a_machine_that_is_too_small():
+    with pytest.raises(ConfigError) as error:
+        plan.check(recipes.get("air"), plan.target("h200:1x1x8"), Mesh(expert=8), 64, 4096)
+    assert "state (parameters, momentum) 102.0 GiB, gradients 25.4 GiB, residuals 11.8 GiB a device" in str(error.value)
+    assert "The smallest that fits by arithmetic: h200:1x2x8 with data=1, fsdp=2" in str(error.value)
+    assert "On h200:1x1x8 it fits by arithmetic with optim.momentum_dtype=bfloat16" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("machine", "sizes", "rows", "length", "told"),
     [
@@ -189,6 +229,7 @@ def test_devices_of_a_topology():
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
         ("v5p:8x8x8", Mesh(fsdp=8, expert=8, context=8), 64, 4104, "T=4104 tokens cannot be split over a context axis of 8"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
+        ("v5p:4x4x8", Mesh(fsdp=16, expert=8), 128, 131_072, "On v5p:4x4x8 it fits by arithmetic with model.remat=offload"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
     ],
 )  # fmt: skip
