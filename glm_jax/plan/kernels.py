@@ -7,7 +7,8 @@ from jax.extend import core
 
 def operations(jaxpr: core.Jaxpr, times: int = 1) -> Counter[str]:
     """Operations of the Pallas kernels of a program, by name, as their cost estimates have it: in a loop of known length as
-    often as it runs, in any other once; on one device where `shard_map` calls them."""
+    often as it runs, in any other once; on one device where `shard_map` calls them. The compiler may still drop calls whose
+    results nothing needs: they are counted too."""
     found: Counter[str] = Counter()
     for eqn in jaxpr.eqns:
         if (cost := eqn.params.get("cost_estimate")) is not None:

@@ -116,6 +116,17 @@ def test_batched_products_are_convolutions_with_holes():
     assert Program(batched).flops["xla"] == 5 * 2 * 4 * 16 * 16 + 2 * 4 * 4 * 16 * 3
 
 
+def test_products_of_a_library_are_counted():
+    dot = "%y = f32[4,16]{1,0} dot(%x, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    assert dot in PROGRAM
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    library = (
+        '%both = (f32[4,16]{1,0}, s8[64]{0}) custom-call(%x, %whole), custom_call_target="__cublas$gemm", '
+        f"backend_config={config}\n  %y = f32[4,16]{{1,0}} get-tuple-element(%both), index=0"
+    )
+    assert Program(PROGRAM.replace(dot, library)).flops == Program(PROGRAM).flops
+
+
 def test_the_largest_arrays_are_named_by_their_source():
     told = [(opcode, str(shape), source) for opcode, shape, source in Program(PROGRAM).largest(20)]
     assert told[0] == ("while", "bf16[5,8,16]", "")
