@@ -46,8 +46,8 @@ class Args:
     """Rows of one step, over all devices."""
     seq: int = 4096
     """Tokens of a row."""
-    remat: Literal["none", "layer"] | None = None
-    """What the backward pass computes again; by default the recipe's."""
+    remat: Literal["none", "layer", "offload"] | None = None
+    """What a layer keeps for its backward pass: all; what enters it; that in the host's memory. By default the recipe's."""
     slices: int = 1
     """So many of the topology, joined by a slower network; the data axis goes over them."""
     step: Literal["train", "grpo", "sample"] = "train"

@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from glm_jax import config
+from glm_jax.cast import Beside, cast
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
 
@@ -203,12 +204,11 @@ def gather(params: Any, specs: Any, dtype: Any) -> Any:
     """The FSDP gather, in sight: a layer's weights from their layout at rest to the one in use, cast to `dtype` on the way.
     A gradient is scattered as it is summed: no device ever has the whole sum.
 
-    Norm scales and the router keep their own precision: both are computed in float32 (spec section 1.1). Experts stay as
-    they lie: they are gathered where their tokens are, in `parallel.expert`.
+    Experts stay as they lie: they are gathered where their tokens are, in `parallel.expert`.
     """
 
-    def use(spec: Spec, w: Array) -> Array:
-        w = _cast(w, spec, dtype)
+    def use(spec: Spec, w: Array | Beside) -> Array:
+        w = cast(w, spec, dtype)
         return w if not active() or "E" in spec.batch else _gathered(w, in_use(spec))
 
     return jax.tree.map(use, specs, params)
@@ -217,21 +217,11 @@ def gather(params: Any, specs: Any, dtype: Any) -> Any:
 def spread(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], PartitionSpec]) -> Any:
     """Weights cast and brought to another layout to be held there, as sampling does; gradients had better use `gather`."""
 
-    def use(spec: Spec, w: Array) -> Array:
-        w = _cast(w, spec, dtype)
+    def use(spec: Spec, w: Array | Beside) -> Array:
+        w = cast(w, spec, dtype)
         return jax.sharding.reshard(w, layout(spec)) if active() else w
 
     return jax.tree.map(use, specs, params)
-
-
-def _cast(w: Array, spec: Spec, dtype: Any) -> Array:
-    """Rounded before it is cast: of a plain cast of a layer's slice TPU's compiler makes one of the whole stack, before the
-    first layer, and keeps it."""
-    if spec.kind in ("norm", "router"):
-        return w
-    if jnp.finfo(dtype).bits < jnp.finfo(w.dtype).bits:
-        w = jax.lax.reduce_precision(w, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
-    return w.astype(dtype)
 
 
 def _gathered(w: Array, there: PartitionSpec) -> Array:
@@ -268,6 +258,11 @@ def whole(x: Array, batch: Sequence[int]) -> Array:
         return x
     layout = jax.typeof(x).sharding.spec
     return jax.sharding.reshard(x, PartitionSpec(*(layout[d] if d in batch else None for d in range(x.ndim))))
+
+
+def local_bytes(x: Array) -> int:
+    """Bytes of `x` that one device has."""
+    return x.nbytes // math.prod(map(axis_size, axes_of(jax.typeof(x).sharding.spec))) if active() else x.nbytes
 
 
 def rest(x: Array, spec: Spec) -> Array:

@@ -37,7 +37,8 @@ class Model:
     # of activations and matmul inputs; parameters keep theirs, and softmax, norms and router compute in float32
     dtype: DType = "bfloat16"
     balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
-    remat: Literal["none", "layer"] = "layer"
+    # what a layer keeps for its backward pass: all of it; what enters it; the same in the host's memory
+    remat: Literal["none", "layer", "offload"] = "layer"
     implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
 
     def __post_init__(self):
@@ -94,6 +95,7 @@ class Optim:
 
     name: Literal["muon", "adamw"] = "muon"  # adamw: for every parameter, the ablation's other arm
     momentum: float = 0.95
+    momentum_dtype: DType = field(default="float32", metadata=SILENT_AT_DEFAULT)  # as it is kept from step to step
     nesterov: bool = True
     ns_steps: int = 5
     ns_dtype: DType = "bfloat16"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax import mesh, spec
 from glm_jax.config import Model
@@ -24,6 +25,16 @@ from glm_jax.parallel.order import together
 from glm_jax.parallel.vocabulary import embed
 from glm_jax.spec import norm, part, weight
 
+RESIDUAL = "residual"  # what enters a layer
+REMAT = {  # what of a layer is kept for its backward pass, and where
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[RESIDUAL],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 LAYER = "model.layers.{L}."  # published checkpoints number all layers in one row, the MTP layer last
 
 
@@ -143,7 +154,7 @@ def hidden(  # noqa: PLR0913 (as forward)
 
     mtp_hidden_BTD, routings = None, [routing] if routing is not None else []
     if next_ids_BT is not None and params.mtp is not None:
-        run = partial(jax.checkpoint, static_argnums=0)(mtp) if cfg.remat == "layer" else mtp
+        run = mtp if cfg.remat == "none" else partial(jax.checkpoint, static_argnums=0)(mtp)
         mtp_params, before_BTD = together((params.mtp, hidden_BTD))
         mtp_hidden_BTD, last = run(cfg, mtp_params, router_bias_LE[-1], before_BTD, embed(table_VD, next_ids_BT), at)
         routings.append(jax.tree.map(lambda z: z[None], last))
@@ -190,6 +201,7 @@ def _layers(
 
     def step(carry, layer):
         x_BTD, cache = carry
+        x_BTD = checkpoint_name(x_BTD, RESIDUAL)
         p, bias_E, number, given_BTA = layer
         x_BTD, cache, routing = block(cfg, p, bias_E, x_BTD, at, cache, number, given_BTA)
         return (x_BTD, cache), routing
@@ -202,8 +214,8 @@ def _layers(
             routings.append(routing)
         return x_BTD, cache, jax.tree.map(lambda *z: jnp.stack(z), *routings)
 
-    if cfg.remat == "layer" and cache is None:
-        step = partial(jax.checkpoint, prevent_cse=False)(step)
+    if cfg.remat != "none" and cache is None:
+        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[cfg.remat])
     depth = jax.tree.leaves(stack)[0].shape[0]
     (x_BTD, cache), routing = jax.lax.scan(
         step, (x_BTD, cache), (stack, bias_LE, first + jnp.arange(depth), given_LBTA)

@@ -22,6 +22,7 @@ def optimizer(cfg: Optim, specs: Any) -> optax.GradientTransformation:
     muon = scale_by_muon(
         specs,
         momentum=cfg.momentum,
+        momentum_dtype=cfg.momentum_dtype,
         nesterov=cfg.nesterov,
         ns_steps=cfg.ns_steps,
         ns_dtype=cfg.ns_dtype,

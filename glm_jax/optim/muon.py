@@ -33,7 +33,7 @@ HEADS = "NK"
 
 
 class MuonState(NamedTuple):
-    momentum: Any  # float32, a tree like the parameters'
+    momentum: Any  # a tree like the parameters'
 
 
 @partial(jax.jit, static_argnames=("steps", "dtype", "polish"))
@@ -47,10 +47,11 @@ def newton_schulz(x_BPQ: Array, steps: int = 5, dtype: DType = "float32", polish
     return _iterate(_unit(x_BPQ, (-2, -1)).astype(dtype), steps, polish)
 
 
-def scale_by_muon(
+def scale_by_muon(  # noqa: PLR0913 (the options of one method, all named)
     specs: Any,
     *,
     momentum: float = 0.95,
+    momentum_dtype: DType = "float32",
     nesterov: bool = True,
     ns_steps: int = 5,
     ns_dtype: DType = "float32",
@@ -62,16 +63,18 @@ def scale_by_muon(
 
     The result is an ascent direction: subtract it, times the learning rate. In float32 it is the formula to 1e-5; with
     `ns_dtype` bfloat16, as Moonlight trains, to 3e-2. `split_heads` treats every head of the
-    attention projections as a matrix of its own, its scale included. Leaves that `optax.partition` masks pass by.
+    attention projections as a matrix of its own, its scale included. `momentum_dtype` bfloat16 halves the state; each step's
+    sum is float32 and rounded once, when it is kept. Leaves that `optax.partition` masks pass by.
     """
 
     def init(params: Any) -> MuonState:
-        return MuonState(jax.tree.map(lambda w: jnp.zeros_like(w, dtype=jnp.float32), params))
+        return MuonState(jax.tree.map(lambda w: jnp.zeros_like(w, dtype=momentum_dtype), params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        new = jax.tree.map(lambda g, m: momentum * m + g.astype(jnp.float32), updates, state.momentum)
-        ahead = jax.tree.map(lambda g, m: g.astype(jnp.float32) + momentum * m, updates, new) if nesterov else new
+        f32 = jnp.float32
+        new = jax.tree.map(lambda g, m: momentum * m.astype(f32) + g.astype(f32), updates, state.momentum)
+        ahead = jax.tree.map(lambda g, m: g.astype(f32) + momentum * m, updates, new) if nesterov else new
 
         leaves, tree = jax.tree.flatten(specs)
         found = tree.flatten_up_to(ahead)
@@ -79,7 +82,7 @@ def scale_by_muon(
         options = ns_steps, ns_dtype, split_heads, ns_polish
         for i, u in zip(mine, orthogonal([leaves[i] for i in mine], [found[i] for i in mine], *options), strict=True):
             found[i] = update_rms * u
-        return jax.tree.unflatten(tree, found), MuonState(new)
+        return jax.tree.unflatten(tree, found), MuonState(jax.tree.map(lambda m: m.astype(momentum_dtype), new))
 
     return optax.GradientTransformation(init, update)
 

@@ -119,7 +119,9 @@ def _here(fn: Callable[[Array], Array], stack: Stack, x: Array) -> Array:
     order = (*stack.batch, *stack.rows, *stack.columns)
     batch = [x.shape[d] for d in stack.batch]
     rows, columns = (math.prod(x.shape[d] for d in side) for side in (stack.rows, stack.columns))
-    y_BPQ = fn(mesh.whole(x, stack.batch).transpose(order).reshape(*batch, rows, columns))
+    x_BPQ = mesh.whole(x, stack.batch).transpose(order).reshape(*batch, rows, columns)
+    by_layer = stack.spec.batch.startswith("L") and mesh.local_bytes(x_BPQ) > CHUNK_BYTES
+    y_BPQ = jax.lax.map(fn, x_BPQ) if by_layer else fn(x_BPQ)
     y = y_BPQ.reshape([x.shape[d] for d in order]).transpose([order.index(d) for d in range(x.ndim)])
     return mesh.rest(y, stack.spec)
 

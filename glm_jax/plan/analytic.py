@@ -65,13 +65,15 @@ def memory(now: Work) -> dict[str, float]:
     """Bytes of what must be there at the end of the forward pass and after, by term. What a layer needs while it
     computes is left out: only the compiler knows."""
     state = gradients = 0.0
+    optim = now.run.optim
     for _, spec in leaves(model.specs(now.run.model)):
-        shard = FLOAT32 * spec.count / now.shards(mesh.at_rest(spec))
-        moments = 1 if owner(now.run.optim, spec) == "muon" else 2
-        state, gradients = state + shard * (1 + moments), gradients + shard
+        shard = spec.count / now.shards(mesh.at_rest(spec))
+        moments = _bytes(optim.momentum_dtype) if owner(optim, spec) == "muon" else 2 * FLOAT32
+        state += shard * (FLOAT32 + moments)
+        gradients += shard * _width(now, spec)
     residual = now.tokens * now.run.model.D * itemsize(now)
     # without rematerialisation, what each product keeps: its input, and of attention and experts what they make
-    kept = 1 if now.run.model.remat == "layer" else 4 + 2 * _widths(now) / now.run.model.D
+    kept = {"none": 4 + 2 * _widths(now) / now.run.model.D, "layer": 1, "offload": 0}[now.run.model.remat]
     return {
         "state (parameters, momentum)": state,
         "gradients": gradients,
@@ -132,7 +134,6 @@ def received(now: Work, transfers: Iterable[Transfer]) -> dict[str, float]:
 def _transfers(now: Work) -> Iterator[Transfer]:
     cfg = now.run.model
     specs: Any = model.specs(cfg)
-    wide = itemsize(now)
     for name, spec in leaves(specs):
         if name.startswith("mtp") and not now.mtp_layers:
             continue
@@ -140,7 +141,7 @@ def _transfers(now: Work) -> Iterator[Transfer]:
         gathered = tuple(axis for axis in at_rest if axis not in in_use)
         in_a_layer = name.split(".")[0] in ("dense", "moe", "mtp")
         passes = 2 if in_a_layer and cfg.remat != "none" else 1
-        width = FLOAT32 if spec.kind in ("router", "norm") else wide
+        width = _width(now, spec)
         size = width * spec.count / now.shards(in_use)
         for i, axis in enumerate(gathered):  # one at a time, the last one first
             part = size / now.shards((gathered[:i],))
@@ -188,7 +189,7 @@ def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:
 def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer]:
     """Muon: every matrix to its home and back, equally many of one size to each home; of the head, X X^T summed over the
     shards at every step."""
-    itemsize = BF16 if optim.ns_dtype == "bfloat16" else FLOAT32
+    itemsize = _bytes(optim.ns_dtype)
     kinds = []
     for _, spec in leaves(specs):
         if owner(optim, spec) != "muon":
@@ -209,7 +210,16 @@ def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer
 
 def itemsize(now: Work) -> int:
     """Bytes of an activation, and of a weight in use."""
-    return FLOAT32 if now.run.model.dtype == "float32" else BF16
+    return _bytes(now.run.model.dtype)
+
+
+def _bytes(dtype: str) -> int:
+    return FLOAT32 if dtype == "float32" else BF16
+
+
+def _width(now: Work, spec: Spec) -> int:
+    """Bytes of an entry of a weight as its layer computes with it, and of its gradient."""
+    return FLOAT32 if spec.kind in ("router", "norm") else itemsize(now)
 
 
 def _widths(now: Work) -> int:

@@ -30,6 +30,7 @@ SOURCE = re.compile(r'op_name="([^"]*)"')
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+LIBRARY = re.compile(r'"lhs_contracting_dimensions":\[([\d,"]*)\]')  # of a product that cuBLAS computes
 LISTED = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
 IOTA = re.compile(r"\breplica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 ORDER = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
@@ -150,6 +151,8 @@ class Program:
                 found["xla"] += times * _dot_flops(computation, op)
             elif op.opcode == "convolution":
                 found["xla"] += times * _convolution_flops(computation, op)
+            elif op.opcode == "custom-call" and (contracted := LIBRARY.search(op.attributes)):
+                found["xla"] += times * _product_flops(computation, op, contracted.group(1).replace('"', ""))
             elif op.opcode == "custom-call" and (cost := COST.search(op.attributes)):
                 found[re.sub(r"[.\d]+$", "", op.name)] += times * int(cost.group(1))
         return dict(found)
@@ -247,10 +250,13 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _dot_flops(where: Computation, op: Op) -> float:
-    left = where.by_name[op.operands[0]].shapes[0]
     found = CONTRACTED.search(op.attributes)
-    contracted = math.prod(left.dims[d] for d in _integers(found.group(1))) if found else 1
-    return 2 * op.shapes[0].size * contracted
+    return _product_flops(where, op, found.group(1) if found else "")
+
+
+def _product_flops(where: Computation, op: Op, contracted: str) -> float:
+    left = where.by_name[op.operands[0]].shapes[0]
+    return 2 * op.shapes[0].size * math.prod(left.dims[d] for d in _integers(contracted))
 
 
 def _convolution_flops(where: Computation, op: Op) -> float:

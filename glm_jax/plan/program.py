@@ -1,6 +1,7 @@
 """The very programs of a run, laid out over a machine's mesh and compiled for its chips."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ from glm_jax.losses import Policy
 from glm_jax.optim import optimizer
 from glm_jax.plan import analytic
 from glm_jax.plan.analytic import Work
+from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import Target
 from glm_jax.sample import engine
 from glm_jax.train import state
@@ -33,6 +35,7 @@ class Compiled:
     peak_bytes: int  # held at the peak beside arguments and results that are no arguments
     seconds: float  # to trace and compile
     text: str
+    kernels: Counter[str]  # operations of the traced kernels by name, of which a GPU's program tells nothing
     result_bytes: int = 0  # that take no argument's place
 
 
@@ -42,9 +45,9 @@ def compile_step(now: Work, target: Target, tell: Callable[[str], Any]) -> Compi
     tell(f"{target.name}: {target.count} devices")
     with jax.set_mesh(mesh.make(Sizes(**now.axes), target.devices)):
         tell(f"tracing {now.step}")
-        lowered = _sampling(now) if now.step in analytic.SAMPLING else _training(now)
+        traced = _sampling(now) if now.step in analytic.SAMPLING else _training(now)
         tell("compiling")
-        compiled = lowered.compile()
+        compiled = traced.lower().compile()
     used, text = compiled.memory_analysis(), compiled.as_text()
     if used is None or text is None:
         raise RuntimeError(f"the compiler for {target.name} tells neither memory nor program")
@@ -52,22 +55,23 @@ def compile_step(now: Work, target: Target, tell: Callable[[str], Any]) -> Compi
     kept = used.argument_size_in_bytes + results
     counted, peak = used.temp_size_in_bytes, used.peak_memory_in_bytes
     held = peak - kept if peak > kept else counted  # not every compiler tells its peak
-    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text, results)
+    made = operations(traced.jaxpr.jaxpr)
+    return Compiled(used.argument_size_in_bytes, counted, held, perf_counter() - began, text, made, results)
 
 
-def _training(now: Work) -> jax.stages.Lowered:
+def _training(now: Work) -> jax.stages.Traced:
     """One microbatch, as pre-training gives it to `train_step`, or RL with the policy that drew it."""
     cfg, grpo = now.run.model, now.run.post.unify.grpo
     tx = optimizer(now.run.optim, model.specs(cfg))
     how: dict[str, Any] = {"sequence_balance": now.run.loss.sequence_balance}
     if now.step == "grpo":
         how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature)}
-    return train_step.lower(state.abstract(cfg, tx), _batch(now), _knobs(), cfg=cfg, tx=tx, **how)
+    return train_step.trace(state.abstract(cfg, tx), _batch(now), _knobs(), cfg=cfg, tx=tx, **how)
 
 
-def _sampling(now: Work) -> jax.stages.Lowered:
+def _sampling(now: Work) -> jax.stages.Traced:
     what = "prefill" if now.step == "prefill" else "decode"
-    return engine.lowered(now.run.model, what, now.rows, now.prompt, now.length - now.prompt)
+    return engine.traced(now.run.model, what, now.rows, now.prompt, now.length - now.prompt)
 
 
 def _batch(now: Work) -> dict[str, jax.ShapeDtypeStruct]:

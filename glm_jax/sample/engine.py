@@ -227,7 +227,7 @@ class Session:
                 )
 
 
-def lowered(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: int, new: int) -> jax.stages.Lowered:
+def traced(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: int, new: int) -> jax.stages.Traced:
     """A program of a turn on the mesh that is set, whose devices need not be here: it reads `prompt` tokens of every row, or
     draws `new`, one after another. Sizes as `generate` rounds them up."""
 
@@ -239,8 +239,8 @@ def lowered(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: i
     ids_BT, rules, until = shaped(lambda: (jnp.zeros((rows, prompt), jnp.int32), _rules(Sampling()), jnp.int32(0)))
     begin = (new, prompt + new), *by, None, (ids_BT, ints_B), (ints_B, alive_B, None), rules
     if what == "prefill":
-        return _begin.lower(cfg, *begin)
-    return _decode.lower(cfg, *by, shaped(lambda: _begin(cfg, *begin)), rules, until, until)
+        return _begin.trace(cfg, *begin)
+    return _decode.trace(cfg, *by, shaped(lambda: _begin(cfg, *begin)), rules, until, until)
 
 
 @partial(jax.jit, static_argnames=("cfg",))

@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jax import Array
 
-from glm_jax import config, losses, mesh, model
+from glm_jax import cast, config, losses, mesh, model
 from glm_jax.optim.balance import balance
 from glm_jax.parallel.context import zigzag
 from glm_jax.parallel.order import together
@@ -115,11 +115,16 @@ def train_step(
         "microbatches": knobs.microbatches.astype(jnp.float32),
         "sequence_balance": sequence_balance,
     }
-    gradient = jax.grad(loss_fn, has_aux=True)
 
     def microbatch(i: Array | int) -> Any:
         one = {name: jax.lax.dynamic_index_in_dim(z, i, keepdims=False) for name, z in batch.items()}
-        return gradient(state.params, cfg, state.router_bias_LE, one, knobs.mtp_weight, totals, policy)
+
+        def loss(places: Any) -> Any:
+            params = cast.beside(state.params, places)
+            return loss_fn(params, cfg, state.router_bias_LE, one, knobs.mtp_weight, totals, policy)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(cast.places(state.params, model.specs(cfg), cfg.dtype))
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params), metrics
 
     if batch["ids"].shape[0] == 1:
         grads, metrics = microbatch(0)

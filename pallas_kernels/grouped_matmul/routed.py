@@ -17,6 +17,7 @@ from pallas_kernels.grouped_matmul import tpu, tpu_layer
 from pallas_kernels.routing import position_map, row_order
 
 F32 = jnp.float32
+SUM_TOKENS = 1024  # whose choices are added at once
 
 
 class Rows(NamedTuple):
@@ -124,6 +125,16 @@ def _hidden_grad(
 
 
 def _sum_of_choices(y_RD: Array, position_XA: Array, weight_XA: Array) -> Array:
-    """Per token the weighted sum of its rows, in float32: a choice at a time, so that no [X,A,D] is ever stored."""
-    of_choice = (weight_XA[:, a, None] * y_RD[position_XA[:, a]].astype(F32) for a in range(position_XA.shape[1]))
-    return reduce(jnp.add, of_choice)
+    """Per token the weighted sum of its rows, in float32: a choice at a time, so that no [X,A,D] is ever stored, and of a few
+    tokens at a time: the compilers gather all choices' rows before they add them."""
+
+    def summed(some: tuple[Array, Array]) -> Array:
+        position_PA, weight_PA = some
+        of_choice = (weight_PA[:, a, None] * y_RD[position_PA[:, a]].astype(F32) for a in range(position_PA.shape[1]))
+        return reduce(jnp.add, of_choice)
+
+    tokens, choices = position_XA.shape
+    if tokens <= SUM_TOKENS or tokens % SUM_TOKENS:
+        return summed((position_XA, weight_XA))
+    pieces = jax.lax.map(summed, tuple(z.reshape(-1, SUM_TOKENS, choices) for z in (position_XA, weight_XA)))
+    return pieces.reshape(tokens, -1)

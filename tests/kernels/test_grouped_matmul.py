@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels.grouped_matmul import routed as layer
 from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
@@ -163,6 +164,14 @@ def test_the_layers_own_products_in_several_blocks_and_tiles_have_no_race(change
     assert not interpret_pallas_call.races.races_found
     for z, want in zip(got, value_and_gradients(inputs, "reference"), strict=True):
         assert_close(z, np.asarray(want, np.float64), "float32")
+
+
+def test_choices_are_summed_a_few_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(layer, "SUM_TOKENS", 40)
+    inputs = routed(MLP["lanes"])
+    run = jax.jit(partial(value_and_gradients.__wrapped__, implementation="tpu"))
+    for got, want in zip(run(inputs), value_and_gradients(inputs, "reference"), strict=True):
+        assert_close(got, np.asarray(want, np.float64), "float32")
 
 
 def test_expert_mlp_is_the_weighted_sum_of_plain_networks():

@@ -223,6 +223,7 @@ def test_remat_and_scan_change_no_gradient(weights, ids_BT):
     plain = gradient(CFG, params)
     assert all(np.abs(z).max() > 0 for z in jax.tree.leaves(plain))  # every parameter is used
     assert_close(gradient(replace(CFG, remat="layer"), params), plain)
+    assert_close(gradient(replace(CFG, remat="offload"), params), plain)
     assert_close(gradient(CFG, model.unstack(params)), model.unstack(plain))
 
 

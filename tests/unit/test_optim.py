@@ -123,6 +123,20 @@ def test_momentum_is_float32_for_bfloat16_parameters():
     assert direction["q_DNH"].dtype == jnp.float32
 
 
+def test_momentum_kept_in_bfloat16_is_rounded_once_a_step():
+    params, grads = _arrays(0), _arrays(1)
+    kept = {}
+    for dtype in ("float32", "bfloat16"):
+        tx = optim.optimizer(Optim(momentum_dtype=dtype, clip_norm=math.inf), SPECS)
+        opt, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(2):
+            _, opt = update(grads, opt, params)
+        kept[dtype] = optax.tree.get(opt, "momentum")["q_DNH"]
+        assert kept[dtype].dtype == dtype
+    np.testing.assert_allclose(kept["bfloat16"].astype(jnp.float32), kept["float32"], rtol=2**-7)
+    assert np.any(kept["bfloat16"].astype(jnp.float32) != kept["float32"])
+
+
 def test_muon_takes_an_optax_schedule_and_returns_updates_to_add():
     cfg = Optim(ns_dtype="float32")
     directions, full = optim.optimizer(cfg, SPECS), optim.muon(optax.constant_schedule(0.5), SPECS, cfg)

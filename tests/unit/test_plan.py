@@ -1,8 +1,12 @@
 """The planner: names and sizes refused in a second, arithmetic from declarations, and programs read from their text."""
 
 import json
+from collections import Counter
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
 from experiments import plan as script
 from experiments import recipes
@@ -10,6 +14,7 @@ from glm_jax import model, plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
+from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import GIB, names
 from glm_jax.spec import count
 
@@ -112,10 +117,37 @@ def test_batched_products_are_convolutions_with_holes():
     assert Program(batched).flops["xla"] == 5 * 2 * 4 * 16 * 16 + 2 * 4 * 4 * 16 * 3
 
 
+def test_products_of_a_library_are_counted():
+    dot = "%y = f32[4,16]{1,0} dot(%x, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    assert dot in PROGRAM
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}'
+    library = (
+        '%both = (f32[4,16]{1,0}, s8[64]{0}) custom-call(%x, %whole), custom_call_target="__cublas$gemm", '
+        f"backend_config={config}\n  %y = f32[4,16]{{1,0}} get-tuple-element(%both), index=0"
+    )
+    assert Program(PROGRAM.replace(dot, library)).flops == Program(PROGRAM).flops
+
+
 def test_the_largest_arrays_are_named_by_their_source():
     told = [(opcode, str(shape), source) for opcode, shape, source in Program(PROGRAM).largest(20)]
     assert told[0] == ("while", "bf16[5,8,16]", "")
     assert ("all-gather", "bf16[16,16]", "jit(step)/gather") in told
+
+
+def test_kernels_are_counted_as_often_as_their_loop_runs():
+    cost = pl.CostEstimate(flops=100, bytes_accessed=1, transcendentals=0)
+
+    def copied(x):
+        def body(x_ref, y_ref):
+            y_ref[...] = x_ref[...]
+
+        return pl.pallas_call(body, out_shape=x, cost_estimate=cost, name="copied")(x)
+
+    def step(x):
+        x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(copied)(x), None), x, length=5)
+        return copied(x)
+
+    assert operations(jax.make_jaxpr(step)(jnp.zeros(8)).jaxpr) == {"copied": 600}
 
 
 def test_the_state_of_glm45_on_512_devices():
@@ -123,6 +155,18 @@ def test_the_state_of_glm45_on_512_devices():
     state = analytic.memory(work)["state (parameters, momentum)"] / GIB
     assert 5.19 < state < 5.4  # 356.8 B x 8 bytes / 512, and the second moments of the embedding
     assert analytic.memory(work)["residuals"] / GIB == pytest.approx(93 * 4096 * 5120 * 2 / GIB)
+
+
+def test_what_a_step_needs_at_the_least():
+    work = plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096)
+    needed = analytic.memory(work)
+    assert needed["gradients"] / GIB == pytest.approx(356.8e9 * 2 / 512 / GIB, rel=0.01)  # in the type of the layers
+    frugal = replace(GLM45, **{"model.remat": "offload", "optim.momentum_dtype": "bfloat16"})
+    less = analytic.memory(plan.check(frugal, POD, Mesh(fsdp=64, expert=8), 512, 4096))
+    assert less["residuals"] == 0
+    assert less["state (parameters, momentum)"] / needed["state (parameters, momentum)"] == pytest.approx(
+        0.75, rel=0.01
+    )
 
 
 def test_operations_are_six_a_parameter_and_attention():
@@ -180,6 +224,14 @@ def test_devices_of_a_topology():
     )
 
 
+def test_the_way_out_of_a_machine_that_is_too_small():
+    with pytest.raises(ConfigError) as error:
+        plan.check(recipes.get("air"), plan.target("h200:1x1x8"), Mesh(expert=8), 64, 4096)
+    assert "state (parameters, momentum) 102.0 GiB, gradients 25.4 GiB, residuals 11.8 GiB a device" in str(error.value)
+    assert "The smallest that fits by arithmetic: h200:1x2x8 with data=1, fsdp=2" in str(error.value)
+    assert "On h200:1x1x8 it fits by arithmetic with optim.momentum_dtype=bfloat16" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("machine", "sizes", "rows", "length", "told"),
     [
@@ -189,6 +241,7 @@ def test_devices_of_a_topology():
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
         ("v5p:8x8x8", Mesh(fsdp=8, expert=8, context=8), 64, 4104, "T=4104 tokens cannot be split over a context axis of 8"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
+        ("v5p:4x4x8", Mesh(fsdp=16, expert=8), 128, 131_072, "On v5p:4x4x8 it fits by arithmetic with model.remat=offload"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
     ],
 )  # fmt: skip
@@ -201,7 +254,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, r
 def test_what_a_plan_has(monkeypatch, tmp_path):
     from glm_jax.plan import program
 
-    compiled = program.Compiled(int(5.25 * GIB), int(20 * GIB), int(12 * GIB), 200.0, PROGRAM)
+    compiled = program.Compiled(int(5.25 * GIB), int(20 * GIB), int(12 * GIB), 200.0, PROGRAM, Counter())
     monkeypatch.setattr(program, "compile_step", lambda *_: compiled)
     found = plan.plan(plan.check(GLM45, POD, Mesh(fsdp=64, expert=8), 512, 4096), POD, lambda _: None)
     assert set(found) >= {

@@ -37,7 +37,7 @@ def sorted_nucleus(p_V, top_p):
 def test_the_programs_that_are_planned_are_those_that_sample(weights):
     """Compiled from shapes alone, they continue distinct prompts as `generate` does."""
     want = generate(CFG, *weights, PROMPTS, settings=Sampling(max_new_tokens=16, seed=3))
-    prefill, decode = (engine.lowered(CFG, what, 4, 16, 16).compile() for what in ("prefill", "decode"))
+    prefill, decode = (engine.traced(CFG, what, 4, 16, 16).lower().compile() for what in ("prefill", "decode"))
     by, rules = (engine.prepare(CFG, weights[0]), weights[1]), engine._rules(Sampling(max_new_tokens=16, seed=3))
     lengths_B, alive_B = np.array([len(ids) for ids in PROMPTS], np.int32), np.ones(4, bool)
     ids_BT = np.array([[*ids, *[0] * (16 - len(ids))] for ids in PROMPTS], np.int32)
