@@ -95,6 +95,18 @@ def test_polish_reaches_the_optimizer_and_none_of_it_is_muon_as_published():
         Optim(ns_polish=-1)
 
 
+def test_the_published_models_train_with_updates_of_rms_0_2():
+    """As their recipes set it, in bfloat16: a square matrix, and a stack of layers whose matrices are 1 to 8."""
+    specs = {"w_DF": Spec("", "D", "F", "matrix"), "w_LDF": Spec("L", "D", "F", "matrix")}
+    keys = dict(zip(specs, jax.random.split(jax.random.key(1), 2), strict=True))
+    grads = {"w_DF": jax.random.normal(keys["w_DF"], (64, 64)), "w_LDF": jax.random.normal(keys["w_LDF"], (2, 64, 512))}
+    tx = optim.optimizer(dataclasses.replace(_glm45().optim, weight_decay=0.0), specs)
+    update, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    for name, d in update.items():
+        rms = jnp.sqrt(jnp.mean(jnp.square(d), axis=(-2, -1)))
+        np.testing.assert_allclose(rms, 0.2, rtol=0.03, err_msg=name)
+
+
 def test_the_learning_rate_multiplies_weight_decay_and_norms_and_biases_have_none():
     zeros = jax.tree.map(jnp.zeros_like, _arrays(0))
     for everywhere, name in ((False, "muon"), (True, "adamw")):
