@@ -138,24 +138,14 @@ def check_files(folder: Path) -> None:
 
 
 def save_training(path: Path) -> None:
-    """Losses, counts and weights of the small model's training; one process writes them. All save and restore its end."""
-    from sharded_training import CFG, STEPS, TX, make, start, train, weights
+    """Losses, counts and weights of the small model's training; one process writes them."""
+    from sharded_training import make, start, train, weights
 
     from glm_jax.config import Mesh
-    from glm_jax.train import state
-    from glm_jax.train.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(path.with_suffix(""))
     with jax.set_mesh(make(Mesh(fsdp=2, expert=2, context=2))):
         now, losses, loads = train(start())
         found = weights(now) | {"losses": np.array(losses), "loads": loads}
-        checkpoints.save(STEPS, now, {"by": jax.process_count()})
-        checkpoints.wait()
-        restored, meta = checkpoints.restore(STEPS, state.abstract(CFG, TX))
-        assert meta == {"by": jax.process_count()}
-        for name, w in weights(restored).items():
-            np.testing.assert_array_equal(w, found[name], err_msg=name)
-    checkpoints.close()
     if jax.process_index() == 0:
         np.savez(path, **found)
 
