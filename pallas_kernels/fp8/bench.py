@@ -32,18 +32,23 @@ def benches(tag: str) -> Iterator[Bench]:
 
 
 def _bench(name: str, case: Case, dtype) -> Bench:
-    inputs = partial(_inputs, case, dtype)
     rows = sum(case.sizes) or case.X
-    x, value, scale, *sizes = jax.eval_shape(inputs)
-    like = (x, value, scale, *sizes)
+    blocks = -(-case.D // fp8.BLOCK), -(-case.M // fp8.BLOCK)
+    groups = (len(case.sizes),) if case.sizes else ()
+    like = (
+        jax.ShapeDtypeStruct((case.X, case.D), dtype),
+        jax.ShapeDtypeStruct((*groups, case.D, case.M), fp8.E4M3),
+        jax.ShapeDtypeStruct((*groups, *blocks), jnp.float32),
+        *([jax.ShapeDtypeStruct(groups, jnp.int32)] if groups else []),
+    )
     return Bench(
         operation="fp8.grouped_matmul" if case.sizes else "fp8.matmul",
         case=name,
         run=product,
-        arguments=tuple(jax.ShapeDtypeStruct(z.shape, z.dtype) for z in like),
+        arguments=like,
         operations=2 * rows * case.D * case.M,
         bytes_moved=sum(z.size * z.dtype.itemsize for z in like) + case.X * case.M * jnp.dtype(dtype).itemsize,
-        inputs=inputs,
+        inputs=partial(_inputs, case, dtype),
         implementations=tuple(fp8.IMPLEMENTATIONS),
         peers={"unquantized": unquantized},
     )
