@@ -1,6 +1,6 @@
 """The data steps beside their peers on the same pages, in one process on one core: extraction, MinHash, the whole chain.
 
-    pip install trafilatura datasketch datatrove spacy                       # the peers; what is missing is left out
+    pip install trafilatura lxml_html_clean datasketch datatrove spacy xxhash    # the peers; what is missing is left out
     python -m experiments.bench_data --archives data/default/archives --pages 400
 
 Pages are drawn by hash from the .deb archives that experiments.data fetched. The chain is: HTML to text, the rules for text
