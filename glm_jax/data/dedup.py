@@ -9,12 +9,13 @@ on chance.
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm_jax.data.document import Document
+from glm_jax.data.shards import Texts
 
 WORD = re.compile(r"[\u4e00-\u9fff]|\w+|[^\w\s]")  # Chinese characters one by one
 _BLOCK = 1 << 16  # hashes that are signed at a time: what a core's cache holds
@@ -125,11 +126,11 @@ def exact(documents: Iterable[Document]) -> tuple[list[Document], list[Removal]]
     return [kept[key] for key in sorted(kept)], removed
 
 
-def near(sets: Sequence[np.ndarray], signature: np.ndarray, threshold: float, rows: int) -> dict[int, int]:
+def near(sets: Texts, signature: np.ndarray, threshold: float, rows: int) -> dict[int, int]:
     """Index -> smallest index of its cluster, for every set of 5-grams but the clusters' first. `rows` hashes of the
     `signature` [sets, hashes] are a band."""
-    filled = [index for index in range(len(sets)) if len(sets[index])]
-    parent = list(range(len(sets)))
+    filled = [index for index in range(len(signature)) if len(sets[index])]
+    parent = list(range(len(signature)))
 
     def root(index: int) -> int:
         while parent[index] != index:
@@ -140,4 +141,4 @@ def near(sets: Sequence[np.ndarray], signature: np.ndarray, threshold: float, ro
         first, second = sorted((root(filled[a]), root(filled[b])))
         if first != second and jaccard(sets[filled[a]], sets[filled[b]]) >= threshold:
             parent[second] = first
-    return {index: root(index) for index in range(len(sets)) if root(index) != index}
+    return {index: root(index) for index in range(len(signature)) if root(index) != index}
