@@ -1,9 +1,8 @@
 """Every kernel on every back end that runs here, against float64, on shapes, groups and documents that nobody chose.
 
-`EXAMPLES=500 pytest tests/property/test_kernels.py` is the long form. What is simulated has tiny tiles and a shape or two, for
-each of which it is traced and compiled once; where the simulator cannot be (Hopper) or shapes are all there is to choose
-(Newton-Schulz), an example takes seconds and there are a fiftieth of as many. Whatever nobody is to read holds NaN, simulated
-memory before it is written included; so does often one of the routed rows, which must reach exactly what it reaches in the definition.
+`EXAMPLES=500 pytest tests/property/test_kernels.py` is the long form. A simulated example takes seconds: those tests have a
+fiftieth of as many. Whatever nobody is to read holds NaN, simulated memory before it is written included; so does often
+one of the routed rows, which must reach exactly what it reaches in the definition.
 """
 
 import os
@@ -22,7 +21,6 @@ from pallas_kernels import cross_entropy, newton_schulz, routing
 from pallas_kernels.attention import tpu as attention_tpu
 from pallas_kernels.cross_entropy import xla as cross_entropy_xla
 from pallas_kernels.decode_attention.cases import Case as Decode
-from pallas_kernels.grouped_matmul import tpu as grouped_tpu
 from pallas_kernels.grouped_matmul.cases import Gmm, Mlp
 from pallas_kernels.newton_schulz.cases import Case as Matrices
 from tests.kernels import test_attention_tpu as attending
@@ -35,27 +33,10 @@ from tests.kernels.test_routing import by_sorting
 EXAMPLES = int(os.environ.get("EXAMPLES", 2))
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))
 examples = settings(unhurried, max_examples=EXAMPLES)
-simulated_anew = settings(unhurried, max_examples=max(1, EXAMPLES // 50))
+simulated = settings(unhurried, max_examples=max(1, EXAMPLES // 50))
 compiled = pytest.mark.parametrize("implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"])
 seeds = st.integers(0, 2**32 - 1)
 TPU = pltpu.InterpretParams(uninitialized_memory="nan")
-TINY = grouped_tpu.Config(tile=16, row_step=16)  # the smallest tile, so that few rows make several
-
-
-def on_a_tpu(run):
-    """`run` on a simulated TPU with small tiles; traced and compiled once for each shape."""
-
-    @jax.jit
-    def traced(*inputs):
-        chip = grouped_tpu.Chip(gmm=TINY, gmm_t=TINY, tgmm=TINY)
-        with (
-            mock.patch.object(grouped_tpu, "chip", return_value=chip),
-            mock.patch.object(attention_tpu, "_config", return_value=attending.SMALL),
-            pltpu.force_tpu_interpret_mode(TPU),
-        ):
-            return run(*inputs)
-
-    return traced
 
 
 def assert_close(got, want, tolerance):
@@ -101,20 +82,19 @@ def test_grouped_matmul_and_its_gradients(implementation, case, seed):
         assert_close(got, want, grouped.TOLERANCE["float32"])
 
 
-grouped_on_a_tpu = on_a_tpu(partial(grouped.gmm_and_gradients.__wrapped__, implementation="tpu"))
-
-
 @pytest.mark.slow
-@examples
-@given(grouped_cases([7, 70], [3], [(128, 128)]), seeds)
+@simulated
+@given(grouped_cases([1, 7, 600, 1100], [1, 3], [(128, 128), (128, 256)]), seeds)
 def test_grouped_matmul_on_a_simulated_tpu(case, seed):
     inputs = spoilt_product(case, seed)
-    for got, want in zip(grouped_on_a_tpu(*inputs), grouped.by_group(*inputs), strict=True):
+    with pltpu.force_tpu_interpret_mode(TPU):
+        results = grouped.gmm_and_gradients.__wrapped__(*inputs, "tpu")
+    for got, want in zip(results, grouped.by_group(*inputs), strict=True):
         assert_close(got, want, grouped.TOLERANCE["float32"])
 
 
 @pytest.mark.slow
-@simulated_anew
+@simulated
 @given(grouped_cases([5, 290], [1, 3], [(128, 128)]), seeds)
 def test_grouped_matmul_on_a_simulated_hopper(case, seed):
     inputs = spoilt_product(case, seed, "bfloat16")
@@ -143,30 +123,15 @@ def networks(x, gate, up, down, experts, weights, dy):
     return y, dx, dgate, dup, ddown, dweights
 
 
-def check_routed_experts(case, seed, run):
-    x, *rest = grouped.routed(case, seed)
-    inputs = x.at[seed % case.X, 0].set(jnp.nan) if seed % 2 else x, *rest
-    dy = np.cos(np.arange(x.size)).reshape(x.shape).astype("float32")
-    want = networks(*inputs[:4], np.asarray(inputs[4]), inputs[5], dy)
-    for got, expected in zip(run(inputs), want, strict=True):
-        assert_close(got, expected, grouped.TOLERANCE["float32"])
-
-
 @examples
 @given(st.sampled_from([1, 8, 45, 130]), st.sampled_from([(3, 1), (6, 3)]), st.sampled_from([1.0, 6.0]), seeds)
 def test_routed_experts_and_their_gradients(tokens, experts, skew, seed):
-    case = Mlp(tokens, 16, 24, *experts, skew=skew)
-    check_routed_experts(case, seed, partial(grouped.value_and_gradients, implementation="xla"))
-
-
-experts_on_a_tpu = on_a_tpu(partial(grouped.value_and_gradients.__wrapped__, implementation="tpu"))
-
-
-@pytest.mark.slow
-@examples
-@given(st.sampled_from([1.0, 6.0]), seeds)
-def test_routed_experts_on_a_simulated_tpu(skew, seed):
-    check_routed_experts(Mlp(30, 128, 128, 3, 2, skew=skew), seed, experts_on_a_tpu)
+    x, *rest = grouped.routed(Mlp(tokens, 16, 24, *experts, skew=skew), seed)
+    inputs = x.at[seed % tokens, 0].set(jnp.nan) if seed % 2 else x, *rest
+    dy = np.cos(np.arange(x.size)).reshape(x.shape).astype("float32")
+    want = networks(*inputs[:4], np.asarray(inputs[4]), inputs[5], dy)
+    for got, expected in zip(grouped.value_and_gradients(inputs, "xla"), want, strict=True):
+        assert_close(got, expected, grouped.TOLERANCE["float32"])
 
 
 @examples
@@ -240,20 +205,18 @@ def test_attention_and_its_gradients(implementation, inputs):
     attending.assert_as_defined(got, attending.by_the_definition(*arrays, places))
 
 
-attend_on_a_tpu = on_a_tpu(partial(attending.value_and_gradients, implementation="tpu"))
-
-
 @pytest.mark.slow
-@examples
+@simulated
 @given(attention_inputs([(1, 100, 2, 1, 64), (1, 260, 1, 1, 128)]))
 def test_attention_on_a_simulated_tpu(inputs):
     arrays, places = inputs
-    got = attend_on_a_tpu(*arrays, places)
+    with mock.patch.object(attention_tpu, "_config", return_value=attending.SMALL), pltpu.force_tpu_interpret_mode(TPU):
+        got = attending.value_and_gradients(*arrays, places)
     attending.assert_as_defined(got, attending.by_the_definition(*arrays, places))
 
 
 @pytest.mark.slow
-@simulated_anew
+@simulated
 @given(attention_inputs([(1, 70, 2, 1, 64), (1, 150, 1, 1, 128)], "bfloat16"))
 def test_attention_on_a_simulated_hopper(inputs):
     arrays, places = inputs
@@ -277,15 +240,12 @@ def test_decode_attention(implementation, inputs):
     np.testing.assert_allclose(decoding.run(implementation, *inputs), want, atol=decoding.TOLERANCE["float32"])
 
 
-decode_on_a_tpu = on_a_tpu(partial(decoding.decode.__wrapped__, implementation="tpu"))
-
-
 @pytest.mark.slow
-@examples
+@simulated
 @given(paged_caches())
 def test_decode_attention_on_a_simulated_tpu(inputs):
     want = decoding.row_by_row(*inputs, 0.1)
-    np.testing.assert_allclose(decode_on_a_tpu(*inputs), want, atol=decoding.TOLERANCE["float32"])
+    np.testing.assert_allclose(decoding.run("tpu", *inputs), want, atol=decoding.TOLERANCE["float32"])
 
 
 def by_the_logits(x, w, targets, weights, temperature):
@@ -349,7 +309,7 @@ def test_newton_schulz(implementation, case, seed):
 
 
 @pytest.mark.slow
-@simulated_anew
+@simulated
 @given(matrices([1, 130, 200], 1), seeds)
 def test_newton_schulz_on_a_simulated_tpu(case, seed):
     x = iterating.matrices(case, "bfloat16", seed)
