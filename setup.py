@@ -55,6 +55,11 @@ setup(
         ],
         "data": ["resiliparse>=2.0", "pyarrow>=18"],  # web pages and Parquet among data.paths; pages of a corpus
         "ray": ["ray>=2.40"],  # another engine for data's stages
-        "oracle": ["torch>=2.13", "transformers>=5.23,<6"],  # what parity tests and bench_hf compare with
+        "oracle": [  # what parity tests and bench_hf compare with
+            "torch>=2.13",
+            "transformers>=5.23,<6",
+            "renderers>=0.1.12",
+            "httpx>=0.27",  # which renderers imports and does not declare
+        ],
     },
 )

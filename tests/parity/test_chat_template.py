@@ -238,3 +238,57 @@ def test_the_tokenizers_template_is_the_one_its_ids_speak(tmp_path):
         ids = render_tokens(tokenizer, **given).ids
         assert tokenizer.decode(ids[: len(ids) - closed]) == text
         assert bool(given["tools"]) == ("Funktionen" in text)
+
+
+def one_at_a_time(given: dict) -> dict:
+    """The same dialogue with one call a turn and one plain result: the renderer below joins parallel calls without the line
+    break that the published template has between them, and knows no listed results."""
+    messages = []
+    for message in explicit(given)["messages"]:
+        if message["role"] == "tool":
+            content = message["content"] if isinstance(message["content"], str) else "listed"
+            if messages[-1]["role"] != "tool":
+                messages.append({**message, "content": content})
+            continue
+        calls = message.get("tool_calls")
+        messages.append({**message, "content": content_of(message)} | ({"tool_calls": calls[:1]} if calls else {}))
+    return {**without_specials(given), "messages": without_specials(messages)}
+
+
+def as_trained(ids: list[int], sampled: list[bool], thinking: bool) -> list[bool]:
+    """What `renderers` says is sampled, as it is trained here: of earlier questions' answers, whose thoughts are gone, nothing;
+    the line break that a model draws behind <|assistant|>; of direct mode not the empty thought, which the prompt has."""
+    mask, given = list(sampled), False
+    last_question = max(i for i, token in enumerate(ids) if token == USER)
+    for i, token in enumerate(ids):
+        given = not thinking and (given or token == ASSISTANT)
+        if given or (thinking and i <= last_question):
+            mask[i] = False
+        elif thinking and ids[i - 1] == ASSISTANT:
+            mask[i] = True
+        given = given and token != CLOSE_THINK
+    return mask
+
+
+def test_tokens_and_what_is_sampled_are_those_of_renderers(tmp_path):
+    """`renderers` (PyPI) writes GLM-4.5's tokens by hand, and says which of them a model samples."""
+    glm45 = pytest.importorskip("renderers.glm45")
+    transformers = pytest.importorskip("transformers")
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    compared = 0
+    for given in map(one_at_a_time, DIALOGUES):
+        tools, thinking, prompt = given["tools"], given["enable_thinking"], given["add_generation_prompt"]
+        ours = render_tokens(TOKENIZER, **given)
+        renderer = glm45.GLM45Renderer(tokenizer, glm45.GLM45RendererConfig(enable_thinking=thinking))
+        theirs = renderer.render(given["messages"], tools=tools, add_generation_prompt=prompt)
+        begin, their_begin = (  # behind the tools, whose words are a checkpoint's own
+            next(i for i in range(3 if tools else 2, len(ids)) if ids[i] in (SYSTEM, USER, ASSISTANT))
+            for ids in (ours.ids, theirs.token_ids)
+        )
+        ids, sampled = theirs.token_ids[their_begin:], theirs.sampled_mask[their_begin:]
+        closing = ours.ids[begin + len(ids) :]  # ours ends with the role token that closes the last turn
+        assert ours.ids[begin:] == [*ids, *closing] and closing in ([], [USER], [OBSERVATION])
+        assert ours.trained[begin : begin + len(ids)] == as_trained(ids, sampled, thinking)
+        compared += sum(ours.trained)
+    assert compared > 10_000
