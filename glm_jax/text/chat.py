@@ -128,11 +128,10 @@ def parameters(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
         if not name or not isinstance(name, str):
             raise DialogueError(f"tools[{place}]={tool!r} has no name; give name, description and parameters")
         schema = tool.get("parameters")
-        schema = {} if schema is None else schema  # OpenAI's way to say that there are none
-        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        if not isinstance(schema, Mapping) or schema.get("type") != "object":
             raise DialogueError(
                 f"tool {name!r} has parameters={schema!r}, which must be a JSON schema of an object; "
-                "leave them out if there are none"
+                'without parameters use {"type": "object", "properties": {}}'
             )
         properties = schema.get("properties") or {}
         found[name] = {parameter: _followed(part, schema) for parameter, part in properties.items()}
