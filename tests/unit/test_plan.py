@@ -17,6 +17,7 @@ from glm_jax.plan.hlo import Program
 from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import GIB, names
 from glm_jax.spec import count
+from pallas_kernels.grouped_matmul import expert_mlp
 
 POD = plan.target("v5p:8x8x8")
 GLM45 = recipes.get("glm45")
@@ -289,3 +290,15 @@ def test_a_mesh_as_text():
     for wrong in ("fsdp=0", "fsdp=x", "fsdp=2,fsdp=4", "fsdp"):
         with pytest.raises(ConfigError, match="must be fsdp=N once"):
             script.mesh_of(script.Args(mesh=wrong), GLM45)
+
+
+def test_every_kernel_of_the_expert_layer_is_known_to_count_rows_that_are_not_real():
+    x_XD, w_EDM, w_EMD = jnp.zeros((64, 256)), jnp.zeros((4, 256, 128)), jnp.zeros((4, 128, 256))
+    experts_XA, weights_XA = jnp.zeros((64, 2), jnp.int32), jnp.zeros((64, 2))
+
+    def total(x_XD, gate_EDM, up_EDM, down_EMD):
+        return expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, implementation="tpu").sum()
+
+    traced = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2, 3)))(x_XD, w_EDM, w_EDM, w_EMD)
+    names = set(operations(traced.jaxpr))
+    assert len(names) >= 4 and all(plan._grouped(name) for name in names)
