@@ -23,6 +23,8 @@ def processes(count: int, devices: int, *command: str) -> list[str]:
         address = f"localhost:{free.getsockname()[1]}"
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     flags |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    # a process that finds its program in the cache would wait for one that compiles it, and gloo waits for 30 s
+    flags |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
     started = []
     for index in range(count):
