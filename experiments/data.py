@@ -32,7 +32,7 @@ Steps, in this order:
 
 Interrupt it at any time: the same command goes on where it stopped and ends with the same bytes. A folder made with
 other settings is refused. Afterwards: OUT/manifest.json has every count, OUT/report.html shows them with samples;
-experiments.pretrain --data OUT trains on it.
+experiments.pretrain --data_folder OUT trains on it.
 """
 
 import sys

@@ -33,6 +33,8 @@ MOST_AT_ONCE = 3  # jobs that share the cores: each holds the memory of a model 
 CPU_DEVICES = 2  # of a job that has them all, whatever their number: a run's figures must not depend on it
 PROGRAMS_GB = 0.8  # resident memory of a process above which it forgets the programs of its last part
 POLL_SECONDS = 0.5
+# A step's arrays are asked for and given back at each step; in pages of 2 MB that costs a fifth of the time less.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class _Processes:
             return
         threads = self._cores if job.whole else self._cores // self._at_once
         arguments = (partial(_work, job, self._folder), threads, job.devices, "" if job.whole else job.name)
+        os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES)  # read when a process begins
         process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments, name=job.name)
         process.start()
         self._running.append((job, process))

@@ -72,7 +72,7 @@ def posttrain() -> Posttrain:
         grpo, steps=12, groups=4, peak_lr=3e-4, seq_len=1024, max_tokens=640, max_new_tokens=96, microbatch_rows=2,
         hard_pool=16,
     )  # fmt: skip
-    agent_sft = replace(long_sft, dialogues=1000, held_out=64, epochs=4)
+    agent_sft = replace(long_sft, dialogues=1000, held_out=64, epochs=4, slips=0.4)
     chat_sft = replace(sft, dialogues=4500, epochs=2.5)
     return Posttrain(
         experts=(

@@ -1,6 +1,7 @@
 """Labelled examples for each scorer, from what a machine with Python has: no downloads.
 
-    prose        manuals (docstrings, topics of pydoc, readmes) against licences, bundles, tables, listings, changelogs
+    prose        manuals (docstrings, topics of pydoc, readmes; a corpus's Chinese ones) against licences, bundles, tables, listings,
+                 changelogs, and a corpus's reviews
     code         sources as people wrote them against generated files and against the same sources squeezed or laid bare
     code_page    pages with listings against pages without; the marks of a listing (fences, prompts) are taken out, so
                  that the classifier has to know code without them
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_jax.data import sources
+from glm_jax.data.corpus import is_chinese
 from glm_jax.data.document import DataError, Document, digest, unit
 
 NAMES = ("prose", "code", "code_page", "mathematics")
@@ -85,7 +87,7 @@ def gather(documents: list[Document], folders: Iterable[str]) -> dict[str, list[
         d for d in documents if d.domain != "code" and d.source.split(":")[0] in ("topics", "readme", "docstrings")
     ]
     found = {
-        "prose": [*_manuals(pages), *_not_prose(files)],
+        "prose": [*_manuals(pages), *_of_corpus(documents), *_not_prose(files)],
         "code": [*_sources(documents, files)],
         "code_page": [*_code_pages(pages)],
         "mathematics": [*_mathematics(pages)],
@@ -155,6 +157,15 @@ def _manuals(pages: list[Document]) -> Iterator[Example]:
     for path in (sorted(_DEBIAN.glob("*/README*")) + sorted(_DEBIAN.glob("*/*.txt*")))[:_FILES_OF_A_KIND]:
         if len(text := _read(str(path))) > 1000:
             yield Example(text[:_PIECE], True, "Debian manual", f"debian:{path.parent.name}")
+
+
+def _of_corpus(documents: list[Document]) -> Iterator[Example]:
+    """Reviews, and manuals in their language."""
+    for document in documents:
+        if document.unwanted:
+            yield Example(document.text[:_PIECE], False, "review", document.group)
+        elif document.source.startswith("deb:") and is_chinese(document.text):
+            yield Example(document.text[:_PIECE], True, "Chinese manual", document.group)
 
 
 def _not_prose(files: list[tuple[str, str, str]]) -> Iterator[Example]:

@@ -60,6 +60,11 @@ class Document:
         return self.source.startswith("patches:")
 
     @property
+    def unwanted(self) -> bool:
+        """Whether it is an example for scorers alone, of what no model should read."""
+        return self.source.startswith("reviews:")
+
+    @property
     def size(self) -> int:
         """Bytes of UTF-8."""
         return len(self.text.encode())

@@ -3,7 +3,7 @@
     OUT/config.json              what decides the data: settings, and the state of the inputs
     OUT/archives/, extracted/    with data.corpus: what was fetched, with its licences, and the documents of each archive
     OUT/builtin/                 while they are read: documents of the standard library and of each package
-    OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, drops.json
+    OUT/collected/               all documents, split: train.jsonl, heldout.jsonl, unwanted.jsonl, drops.json
     OUT/cleaning/                while documents are measured: shards of them, and their measures
     OUT/documents/<domain>.jsonl clean and in quality buckets; tokens.npy and offsets.npy of those read
     OUT/documents/removed.jsonl  with data.removals: what duplicates what, how alike, and how it begins
@@ -225,15 +225,18 @@ def _collect(run: Run, out: Path, to: Path, engine: Engine, tell: Callable[[int,
         documents += corpus.documents(out, drops)
     for name in run.data.paths:
         documents += sources.folder(Path(name), run.data.max_document_bytes, drops)
-    training, held_out = heldout.split(documents, run.data.held_out)
     (to / "collected").mkdir()
+    write_documents(to / "collected" / "unwanted.jsonl", [d for d in documents if d.unwanted])
+    training, held_out = heldout.split([d for d in documents if not d.unwanted], run.data.held_out)
     write_documents(to / "collected" / "train.jsonl", training)
     write_documents(to / "collected" / "heldout.jsonl", held_out)
     write(to / "collected" / "drops.json", _pretty(drops))
 
 
 def _scorers(run: Run, out: Path, to: Path, tell: Callable[[int, int], None]) -> None:
-    documents = [d for name in ("train", "heldout") for d in read_documents(out / "collected" / f"{name}.jsonl")]
+    documents = [
+        d for name in ("train", "heldout", "unwanted") for d in read_documents(out / "collected" / f"{name}.jsonl")
+    ]
     scoring.train_all(documents, run.data.scoring, to / "scorers", out / "judged.jsonl", tell)
 
 

@@ -99,7 +99,8 @@ def _taught(
     documents: list[Document], config: Scoring, kept: Path, tell: Callable[[int, int], None]
 ) -> tuple[Classifier, dict[str, Any]]:
     """The scorer of mathematics and science from an LLM's scores of a sample."""
-    pages = sorted((d for d in documents if d.domain != "code"), key=lambda d: unit("judged", d.id))
+    pages = [d for d in documents if d.domain != "code" and not d.unwanted]
+    pages.sort(key=lambda d: unit("judged", d.id))
     if judge.is_endpoint(config.judge):
         sample = pages[: config.judge_sample]
         scores = judge.ask(config.judge, config.judge_model, sample, kept, lambda a, b: tell(3 * b + 5 * a, 10 * b))

@@ -3,24 +3,26 @@
 Every device holds E/expert experts. It gathers the tokens of its expert axis, runs those of their choices that are
 its own, and the sums go back to where the tokens came from. Perfectly balanced whatever the router does.
 
-Buffers have room for the worst case, in which one device's experts get all: tokens go in chunks, so that the room is small.
+Tokens go in chunks, so that one chunk's rows are few; a device has room for `ROOM` times those that it has on average and takes a
+second pass over its experts where it is sent more.
 """
 
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from glm_jax import mesh
 from pallas_kernels.choose import platform
-from pallas_kernels.grouped_matmul import expert_mlp
+from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_grad
 
-ROUTED_ROWS = {
-    "cpu": 2**24,
-    "tpu": 2**15,
-    "gpu": 2**16,
-}  # of a chunk, in the worst case; on a CPU they are never stored
+Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD
+Tokens = tuple[Array, Array, Array]  # x_XD, experts_XA, weights_XA; of many chunks [chunks, X, ...]
+
+ROUTED_ROWS = {"cpu": 2**24, "tpu": 2**14, "gpu": 2**16}  # that a device has room for; on a CPU they are never stored
+ROOM = 2
 
 
 def routed_experts(
@@ -53,15 +55,46 @@ def _local(
 ) -> Array:
     layer = gate_EDM, up_EDM, down_EMD
     if mesh.active():
-        layer = tuple(_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
-    tokens = tuple(z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
-    chunks = _chunks(*experts_BTA.shape)
-    run = partial(_chunk, implementation, layer)
+        gate_EDM, up_EDM, down_EMD = (_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
+        layer = gate_EDM, up_EDM, down_EMD
+    x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
+    chunks, _ = pieces(len(x_XD), experts_XA.shape[-1], mesh.axis_size(mesh.EXPERT), platform())
     if chunks == 1:
-        return run(tokens).reshape(x_BTD.shape)
-    # a chunk keeps its tokens alone for the backward pass: what it gathers is as large as all chunks' tokens together
-    split = tuple(z.reshape(chunks, -1, z.shape[-1]) for z in tokens)
-    return jax.lax.map(jax.checkpoint(run), split).reshape(x_BTD.shape)
+        return _chunk(implementation, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
+    x_CXD, experts_CXA, weights_CXA = (z.reshape(chunks, -1, z.shape[-1]) for z in (x_XD, experts_XA, weights_XA))
+    return _in_turn(implementation, layer, (x_CXD, experts_CXA, weights_CXA)).reshape(x_BTD.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_turn(implementation: str | None, layer: Layer, chunks: Tokens) -> Array:
+    """One chunk after the other. For the backward pass a chunk keeps its tokens alone: what it gathers is as large as all
+    chunks' tokens together. The layer's gradients are added up in one place, by the products themselves."""
+    return jax.lax.map(partial(_chunk, implementation, layer), chunks)
+
+
+def _in_turn_forward(implementation: str | None, layer: Layer, chunks: Tokens) -> tuple[Array, tuple[Layer, Tokens]]:
+    return _in_turn(implementation, layer, chunks), (layer, chunks)
+
+
+def _in_turn_backward(
+    implementation: str | None, saved: tuple[Layer, Tokens], dy_CXD: Array
+) -> tuple[Layer, tuple[Array, None, Array]]:
+    layer, chunks = saved
+
+    def chunk(sums: Layer, of_chunk: tuple[Tokens, Array]) -> tuple[Layer, tuple[Array, Array]]:
+        tokens, dy_XD = of_chunk
+        x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
+        dx_XD, dweights_XA, sums = expert_mlp_grad(
+            x_XD, layer, experts_XA, weights_XA, mesh.gathered(dy_XD), sums,
+            at_once=ROUTED_ROWS[platform()], implementation=implementation,
+        )  # fmt: skip
+        return sums, (mesh.scattered(dx_XD), mesh.scattered(dweights_XA))
+
+    dlayer, (dx_CXD, dweights_CXA) = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, layer), (chunks, dy_CXD))
+    return dlayer, (dx_CXD, None, dweights_CXA)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _whole(w: Array, layout: P) -> Array:
@@ -75,20 +108,23 @@ def _whole(w: Array, layout: P) -> Array:
     return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
 
 
-def _chunks(rows: int, length: int, choices: int) -> int:
-    """How many chunks a device's tokens go in: the fewest that divide them and route few enough rows each."""
-    tokens = rows * length
-    least = -(-tokens * choices * mesh.axis_size(mesh.EXPERT) // ROUTED_ROWS[platform()])
-    return next(n for n in range(least, tokens + 1) if tokens % n == 0)
+def pieces(tokens: int, choices: int, expert_axis: int, where: str) -> tuple[int, int]:
+    """How many chunks a device's tokens go in, the fewest that divide them and, balanced, need a share of the room; and for how many
+    routed rows of a chunk there is room."""
+    least = -(-tokens * choices * min(ROOM, expert_axis) // ROUTED_ROWS[where])
+    chunks = next(n for n in range(least, tokens + 1) if tokens % n == 0)
+    return chunks, min(ROUTED_ROWS[where], tokens * choices * expert_axis // chunks)
 
 
-def _chunk(implementation: str | None, layer: tuple[Array, ...], tokens: tuple[Array, ...]) -> Array:
-    gate_EDM, up_EDM, down_EMD = layer
-    mlp = partial(expert_mlp, implementation=implementation)
+def _chunk(implementation: str | None, layer: Layer, tokens: Tokens) -> Array:
+    x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
+    options = {"at_once": ROUTED_ROWS[platform()], "implementation": implementation}
+    return mesh.scattered(expert_mlp(x_XD, *layer, experts_XA, weights_XA, **options))
+
+
+def _gathered(layer: Layer, tokens: Tokens) -> Tokens:
+    """The tokens of the expert axis; of their choices those of experts elsewhere fall outside 0..E-1."""
     if not mesh.active():
-        x_XD, experts_XA, weights_XA = tokens
-        return mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+        return tokens
     x_XD, experts_XA, weights_XA = map(mesh.gathered, tokens)
-    here_XA = experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(gate_EDM)  # others' fall outside 0..E-1
-    y_XD = mlp(x_XD, gate_EDM, up_EDM, down_EMD, here_XA, weights_XA)
-    return mesh.scattered(y_XD)
+    return x_XD, experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(layer[0]), weights_XA

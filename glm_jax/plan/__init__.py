@@ -17,6 +17,7 @@ from typing import Any
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Run, replace
 from glm_jax.config import Mesh as Sizes
+from glm_jax.parallel.expert import pieces
 from glm_jax.plan import analytic, sampling
 from glm_jax.plan.analytic import SAMPLING, Work
 from glm_jax.plan.hlo import Collective, Program
@@ -33,7 +34,7 @@ THRIFT: tuple[dict[str, str], ...] = (  # what makes a step need less memory, th
     {"optim.momentum_dtype": "bfloat16"},
     {"optim.momentum_dtype": "bfloat16", "model.remat": "offload"},
 )
-# parts of the names of kernels whose cost estimate counts every row of the buffer, where 1/expert of them is real
+# parts of the names of kernels whose cost estimate counts every row that there is room for; balanced, a share of them is real
 GROUPED = ("gmm", "gate_up", "hidden_grad", "rows_grad")
 
 
@@ -87,7 +88,8 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     program = Program(compiled.text)
     operations = by.operations(work)
     counted = {**program.flops, **(compiled.kernels if machine.gpu else {})}
-    flops = sum(n / (work.axes[mesh.EXPERT] if _grouped(name) else 1) for name, n in counted.items())
+    room, real = _routed(work, machine)
+    flops = sum(n * (real if _grouped(name) else 1) for name, n in counted.items())
     collectives = _collectives(work, program.collectives)
     seconds = {
         "compute": flops / machine.chip.flops,
@@ -125,10 +127,23 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
         "mfu_bound_without_overlap": useful / sum(seconds.values()),
         "memory_analytic_gib": {term: size / GIB for term, size in by.memory(work).items()},
         "largest": [
-            {"gib": shape.bytes / GIB, "array": str(shape), "by": by, "source": source, "hint": _hint(work, shape.dims)}
+            {
+                "gib": shape.bytes / GIB,
+                "array": str(shape),
+                "by": by,
+                "source": source,
+                "hint": _hint(work, room, shape.dims),
+            }
             for by, shape, source in program.largest(LARGEST)
         ],
     }
+
+
+def _routed(work: Work, machine: Target) -> tuple[int, float]:
+    """For how many routed rows there is room, and the share of them that is real, balanced."""
+    tokens, choices = max(1, round(work.tokens)), work.run.model.A
+    chunks, room = pieces(tokens, choices, work.axes[mesh.EXPERT], "gpu" if machine.gpu else "tpu")
+    return room, tokens * choices / (chunks * room)
 
 
 def _grouped(kernel: str) -> bool:
@@ -155,7 +170,7 @@ def _place(device: int, sizes: list[int]) -> tuple[int, ...]:
     return tuple(reversed(place))
 
 
-def _hint(work: Work, dims: tuple[int, ...]) -> str:
+def _hint(work: Work, room: int, dims: tuple[int, ...]) -> str:
     """What an array of these dimensions is, and what makes it smaller."""
     cfg = work.run.model
     row = (work.length // work.axes[mesh.CONTEXT], cfg.D)
@@ -163,8 +178,8 @@ def _hint(work: Work, dims: tuple[int, ...]) -> str:
         return "residuals: what each layer keeps for its backward pass; remat=offload moves them to the host's memory"
     if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
         return "the embedding or the output matrix, its gradient, or a chunk of logits"
-    if len(dims) == 2 and dims[0] >= cfg.A * work.tokens and dims[1] in (cfg.D, cfg.M):
-        return "routed rows of a chunk of tokens: room for the worst case, in which one device's experts get all"
+    if len(dims) == 2 and dims[0] == room and dims[1] in (cfg.D, cfg.M):
+        return "routed rows of a chunk of tokens: room for twice as many as a device has on average"
     if work.step in SAMPLING and dims[1::2] == (cfg.K, cfg.H):
         return "keys or values of a layer in the cache: fewer rows a device or shorter ones make it smaller"
     if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):

@@ -47,14 +47,22 @@ def tgmm(
     x_RD: Float[Array, "R D"],
     y_RM: Float[Array, "R M"],
     group_sizes_E: Int[Array, " E"],
+    sums_EDM: Float[Array, "E D M"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "E D M"]:
-    """Per group the product of x transposed and y, in float32: the weights' gradient of `gmm`. Not itself differentiable."""
+    """Per group the product of x transposed and y, in float32: the weights' gradient of `gmm`. Not itself differentiable.
+
+    With `sums_EDM` it is added to them, in float32, and comes out in their dtype; on TPU in their memory, if nobody else needs it.
+    """
     _check_sizes("tgmm", group_sizes_E)
     if x_RD.ndim != 2 or y_RM.ndim != 2 or x_RD.shape[0] != y_RM.shape[0]:
         raise ValueError(f"tgmm: x {x_RD.shape} and y {y_RM.shape} must be matrices with equally many rows")
-    return choose("tgmm", IMPLEMENTATIONS, implementation, x_RD, y_RM).tgmm(x_RD, y_RM, group_sizes_E)
+    result = (len(group_sizes_E), x_RD.shape[1], y_RM.shape[1])
+    if sums_EDM is not None and sums_EDM.shape != result:
+        raise ValueError(f"tgmm: sums {sums_EDM.shape} of x {x_RD.shape} and y {y_RM.shape} must be {result}")
+    module = choose("tgmm", IMPLEMENTATIONS, implementation, x_RD, y_RM)
+    return routed.tgmm(module, x_RD, y_RM, group_sizes_E, sums_EDM)
 
 
 def expert_mlp(
@@ -65,6 +73,7 @@ def expert_mlp(
     experts_XA: Int[Array, "X A"],
     weights_XA: Float[Array, "X A"],
     *,
+    at_once: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "X D"]:
     """Each token's weighted sum over its experts of down(silu(gate x) * up x).
@@ -74,13 +83,52 @@ def expert_mlp(
     its inputs only for the backward pass; on an accelerator rows and hidden layer are x's dtype, sums float32, routed rows of x (on
     TPU for the backward pass only) and of the result are stored while they are needed, and the pre-activations of gate and up
     are kept. The result has x's dtype.
+    At most `at_once` routed rows are stored at a time on an accelerator, in as many passes as the experts here have rows; then nothing
+    but the inputs is kept.
     Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
-    _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, at_once)
     module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM)
     if module is reference:
         return reference.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
-    return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module)
+    return _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once)
+
+
+def expert_mlp_grad(
+    x_XD: Float[Array, "X D"],
+    layer: tuple[Float[Array, "E D M"], Float[Array, "E D M"], Float[Array, "E M D"]],
+    experts_XA: Int[Array, "X A"],
+    weights_XA: Float[Array, "X A"],
+    dy_XD: Float[Array, "X D"],
+    sums: tuple[Float[Array, "E D M"], Float[Array, "E D M"], Float[Array, "E M D"]],
+    *,
+    at_once: int | None = None,
+    implementation: str | None = None,
+) -> tuple[
+    Float[Array, "X D"],
+    Float[Array, "X A"],
+    tuple[Float[Array, "E D M"], Float[Array, "E D M"], Float[Array, "E M D"]],
+]:
+    """What `expert_mlp` of a `layer` (gate, up, down) would give back for `dy_XD`: gradients of x and weights, and `sums` with those of
+    the layer added to them as `tgmm` does: for tokens that come in pieces. The pre-activations are computed again.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check_mlp(x_XD, *layer, experts_XA, weights_XA, at_once)
+    shapes = tuple(w.shape for w in layer)
+    if dy_XD.shape != x_XD.shape or tuple(s.shape for s in sums) != shapes:
+        raise ValueError(
+            f"expert_mlp_grad: dy {dy_XD.shape} must be as x {x_XD.shape}, sums {[s.shape for s in sums]} as the layer {shapes}"
+        )
+    module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, layer[0])
+    if module in (reference, xla):
+        mlp = partial(expert_mlp, implementation=implementation)
+        back = jax.vjp(lambda x, w, layer: mlp(x, *layer, experts_XA, w), x_XD, weights_XA, layer)[1]
+        dx_XD, dweights_XA, dlayer = back(dy_XD)
+        return dx_XD, dweights_XA, jax.tree.map(lambda s, d: (s + d).astype(s.dtype), sums, dlayer)
+    found = routed.expert_mlp_grad(module, x_XD, *layer, experts_XA, weights_XA, None, dy_XD, sums, at_once)
+    dx_XD, dweights_XA, *added = found
+    return dx_XD, dweights_XA.astype(weights_XA.dtype), tuple(added)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -102,26 +150,27 @@ def _gmm_bwd(module, saved, dy_RM):
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module):
-    return _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once):
+    return _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once)[0]
 
 
-def _expert_mlp_fwd(*inputs_and_module):
-    *inputs, module = inputs_and_module
-    y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs)
+def _expert_mlp_fwd(*inputs_and_options):
+    *inputs, module, at_once = inputs_and_options
+    y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs, at_once)
     return y_XD, (*inputs, hidden)
 
 
-def _expert_mlp_bwd(module, saved, dy_XD):
-    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, hidden = saved
-    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+def _expert_mlp_bwd(module, at_once, saved, dy_XD):
+    *inputs, hidden = saved
+    x_XD, gate_EDM, up_EDM, down_EMD, _, weights_XA = inputs
     if module is xla:
-        gradients = xla.expert_mlp_grad(*inputs, dy_XD)
+        dx, *layer, dweights = xla.expert_mlp_grad(*inputs, dy_XD)
     else:
-        gradients = routed.expert_mlp_grad(module, *inputs, hidden, dy_XD)
-    *layer, weights = (d.astype(z.dtype) for d, z in zip(gradients, (*inputs[:4], weights_XA), strict=True))
-    return *layer, None, weights  # none for the experts
+        dx, dweights, *layer = routed.expert_mlp_grad(module, *inputs, hidden, dy_XD, at_once=at_once)
+    gradients = zip((dx, *layer, dweights), (x_XD, gate_EDM, up_EDM, down_EMD, weights_XA), strict=True)
+    *of_layer, of_weights = (d.astype(z.dtype) for d, z in gradients)
+    return *of_layer, None, of_weights  # none for the experts
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)
@@ -145,7 +194,11 @@ def _check_sizes(name: str, group_sizes_E: Array) -> None:
         )
 
 
-def _check_mlp(x: Array, gate: Array, up: Array, down: Array, experts: Array, weights: Array) -> None:
+def _check_mlp(
+    x: Array, gate: Array, up: Array, down: Array, experts: Array, weights: Array, at_once: int | None
+) -> None:
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"expert_mlp: at_once={at_once} must be at least 1; None stores all routed rows")
     shapes = f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}, experts {experts.shape}, weights {weights.shape}"
     if gate.ndim != 3 or up.shape != gate.shape or down.shape != (gate.shape[0], gate.shape[2], gate.shape[1]):
         raise ValueError(f"expert_mlp: {shapes} do not fit; gate and up are [E,D,M] and down [E,M,D]")

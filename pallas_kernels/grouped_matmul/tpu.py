@@ -2,7 +2,8 @@
 
 `gmm` and `gmm_t` keep a group's whole matrix (or half of it, where two cores share a chip) in the fast memory while they
 walk its rows, so that each weight and each row is read once; `gmm_t` hands the matrix to the matmul units transposed.
-`tgmm` adds up a group's product in float32 in the block that is written out when the group ends.
+`tgmm` adds up a group's product in float32 in the block that is written out when the group ends, or is added then to sums that
+the caller has, in their own memory.
 A visit's product is taken in steps whose partial sums fit the registers, or stay in the fast memory: see `Config`.
 """
 
@@ -100,13 +101,17 @@ def gmm_t(x_RM: Array, w_EDM: Array, group_sizes_E: Array) -> Array:
     return _grouped(x_RM, w_EDM, group_sizes_E, chip().gmm_t, NT)
 
 
-def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
+def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array, sums_EDM: Array | None = None) -> Array:
     (rows, D), M, E, here = x_RD.shape, y_RM.shape[1], group_sizes_E.shape[0], chip()
     config, tile = here.tgmm, tile_rows(rows, here.tgmm)
-    width = block_width(D, M * 4, here)
+    dtype = jnp.dtype(F32) if sums_EDM is None else sums_EDM.dtype
+    # of a column in float32 two blocks; to add to sums, one, and two of the sums on their way in and out each
+    width = block_width(D, 4 * M if sums_EDM is None else (2 + 2 * dtype.itemsize) * M, here)
     walk = visits(group_sizes_E, rows, tile, tail=False)
+    sums = pl.BlockSpec((1, width, M), lambda d, v, bound, group, at: (group[v], d, 0))
+    inputs = (x_RD, y_RM) if sums_EDM is None else (x_RD, y_RM, sums_EDM)
     return pl.pallas_call(
-        partial(_tgmm_kernel, config=config),
+        partial(_tgmm_kernel if sums_EDM is None else _tgmm_to_sums_kernel, config=config),
         name="tgmm",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -114,15 +119,18 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
             in_specs=[
                 pl.BlockSpec((tile, width), lambda d, v, bound, group, at: (at[v], d)),
                 pl.BlockSpec((tile, M), lambda d, v, bound, group, at: (at[v], 0)),
+                *[sums] * (len(inputs) - 2),
             ],
-            out_specs=pl.BlockSpec((1, width, M), lambda d, v, bound, group, at: (group[v], d, 0)),
-            scratch_shapes=[pltpu.VMEM((tile, width), x_RD.dtype), pltpu.VMEM((tile, M), y_RM.dtype)],
+            out_specs=sums,
+            scratch_shapes=[pltpu.VMEM((tile, width), x_RD.dtype), pltpu.VMEM((tile, M), y_RM.dtype)]
+            + ([] if sums_EDM is None else [pltpu.VMEM((1, width, M), F32)]),
         ),
-        out_shape=result_like(x_RD, (E, D, M), F32),
+        out_shape=result_like(x_RD, (E, D, M), dtype),
+        input_output_aliases={} if sums_EDM is None else in_place({5: 0}, (D, width)),
         compiler_params=parameters(here),
-        cost_estimate=cost(rows, D, M, (x_RD, y_RM), 4 * E * D * M),
+        cost_estimate=cost(rows, D, M, inputs, dtype.itemsize * E * D * M),
         interpret=interpret(),
-    )(walk.bound_G, walk.group_W, walk.tile_W, x_RD, y_RM)
+    )(walk.bound_G, walk.group_W, walk.tile_W, *inputs)
 
 
 def _grouped(x_RK: Array, w: Array, group_sizes_E: Array, config: Config, contract) -> Array:
@@ -270,6 +278,20 @@ def _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, sum_ref, x_scratch, y_s
         accumulate(x_scratch, y_scratch)
 
 
+def _tgmm_to_sums_kernel(
+    bound_G, group_W, tile_W, x_ref, y_ref, old_ref, sums_ref, x_scratch, y_scratch, product_ref, *, config
+):
+    visit, last = pl.program_id(1), pl.num_programs(1) - 1
+    _tgmm_kernel(bound_G, group_W, tile_W, x_ref, y_ref, product_ref, x_scratch, y_scratch, config=config)
+
+    @pl.when((visit == last) | (group_W[visit] != group_W[jnp.minimum(visit + 1, last)]))
+    def _():
+        def add(rows: pl.Slice):
+            sums_ref[0, rows, :] = (old_ref[0, rows, :].astype(F32) + product_ref[0, rows, :]).astype(sums_ref.dtype)
+
+        in_steps(0, sums_ref.shape[1], SUBLANES, 1, add)
+
+
 def is_mine(bound_G, group: Array, first_row: Array, rows: int) -> Array:
     """[rows,1]: which of the rows from `first_row` on are the group's."""
     row = first_row + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
@@ -314,6 +336,11 @@ def block_width(columns: int, column_bytes: int, here: Chip) -> int:
         if 2 * width * column_bytes <= here.vmem_bytes // 2:
             return width
     return LANES
+
+
+def in_place(aliases: dict[int, int], *sizes_and_blocks: tuple[int, int]) -> dict[int, int]:
+    """`aliases` where blocks divide the sizes: of others jax's interpreter pads the inputs, and then has an output of another shape."""
+    return {} if any(size % block for size, block in sizes_and_blocks) else aliases
 
 
 def parameters(here: Chip, bounds_checks: bool = True) -> pltpu.CompilerParams:

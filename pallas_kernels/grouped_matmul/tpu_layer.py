@@ -79,8 +79,8 @@ def gate_up(
 def hidden_grad(
     dy_RD: Array, down_EMD: Array, gate_RM: Array, up_RM: Array, weight_R: Array, group_sizes_E: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """From the gradient of a row's result before its weight: those of gate and up, the weighted hidden layer itself, all in
-    dy's dtype, and the weight's gradient in float32."""
+    """From the gradient of a row's result before its weight: those of gate and up, in their place, the weighted hidden layer
+    itself, all in dy's dtype, and the weight's gradient in float32."""
     (rows, D), (E, M, _), here = dy_RD.shape, down_EMD.shape, tpu.chip()
     config = here.gmm_t
     tile, width = tpu.tile_rows(rows, config), tpu.block_width(M, D * dy_RD.dtype.itemsize, here)
@@ -104,6 +104,7 @@ def hidden_grad(
             scratch_shapes=[pltpu.VMEM((tile, width), dy_RD.dtype), *_accumulator(config, tile, width)],
         ),
         out_shape=[result_like(dy_RD, (rows, M), dy_RD.dtype)] * 3 + [result_like(dy_RD, (blocks, rows, 1), F32)],
+        input_output_aliases=tpu.in_place({7: 0, 8: 1}, (rows, tile), (M, width)),  # gate's and up's gradients
         compiler_params=tpu.parameters(here),
         cost_estimate=_cost(rows, D, M, (dy_RD, down_EMD), dy_RD.dtype.itemsize * rows * 5 * M, rows * M),
         interpret=tpu.interpret(),

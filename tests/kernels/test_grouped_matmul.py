@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import routed as layer
-from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul import tpu, xla
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
 
 IMPLEMENTATIONS = ["reference", "xla"]  # of any width; "tpu" is simulated here, for the cases named "lanes"
@@ -88,6 +88,18 @@ def test_pieces_of_the_gradient_are_public(implementation):
     assert_close(sums, dw, "float32")
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu"])
+def test_a_weights_gradient_is_added_to_sums_in_their_type(implementation, monkeypatch):
+    monkeypatch.setattr(tpu, "block_width", lambda *_: 128)  # two blocks of x's columns
+    x, w, sizes, dy = problem(Gmm(600, 256, 128, (0, 300, 0, 1, 200, 0)), "bfloat16")  # two tiles, a tail
+    want = by_group(x, w, sizes, dy)[2] + np.asarray(w, np.float64)
+    for dtype in ("bfloat16", "float32"):
+        add = jax.jit(partial(grouped_matmul.tgmm, implementation=implementation))
+        sums = add(x, dy, sizes, w.astype(dtype))
+        assert sums.dtype == dtype
+        assert_close(sums, want, dtype)
+
+
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 200), min_size=4, max_size=4))
@@ -149,6 +161,56 @@ def test_expert_mlp_equals_its_definition(name, dtype, implementation):
     for got, want in zip(*values, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, np.asarray(want, np.float64), dtype)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu"])
+def test_gradients_of_pieces_add_up_to_the_whole(implementation):
+    inputs = routed(MLP["lanes"])
+    *_, experts, weights = inputs
+    x, layer_weights = inputs[0], inputs[1:4]
+    _, dx, *dlayer, dweights = value_and_gradients(inputs, "reference")
+    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    sums, got = jax.tree.map(jnp.ones_like, layer_weights), []
+    for piece in (slice(0, 120), slice(120, None)):
+        grad = jax.jit(partial(grouped_matmul.expert_mlp_grad, implementation=implementation))
+        *of_tokens, sums = grad(x[piece], layer_weights, experts[piece], weights[piece], dy[piece], sums)
+        got.append(of_tokens)
+    got = [jnp.concatenate(z) for z in zip(*got, strict=True)] + [s - 1 for s in sums]
+    for z, want in zip(got, (dx, dweights, *dlayer), strict=True):
+        assert_close(z, np.asarray(want, np.float64), "float32")
+
+
+@pytest.mark.parametrize("at_once", [48, 200, 10_000])
+@pytest.mark.parametrize("name", ["ragged", "skewed"])
+def test_rows_in_passes_give_the_same(name, at_once):
+    inputs = routed(MLP[name])
+    x, gate, up, down, experts, weights = inputs
+    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    y, hidden = jax.jit(partial(layer.expert_mlp, xla, at_once=at_once))(*inputs)
+    assert (hidden is None) == (at_once < experts.size)
+    grad = jax.jit(partial(layer.expert_mlp_grad, xla, at_once=at_once))
+    dx, dweights, *dlayer = grad(*inputs, hidden, dy)
+    want = value_and_gradients(inputs, "reference")
+    for got, expected in zip((y, dx, *dlayer, dweights), want, strict=True):
+        assert_close(got, np.asarray(expected, np.float64), "float32")
+    nobody = jnp.full_like(experts, -1)
+    y, _ = jax.jit(partial(layer.expert_mlp, xla, at_once=at_once))(x, gate, up, down, nobody, weights)
+    assert not y.any()
+
+
+def test_rows_in_passes_on_a_simulated_tpu():
+    inputs = routed(MLP["lanes"])
+    run = partial(grouped_matmul.expert_mlp, at_once=256, implementation="tpu")
+    x, *_ = inputs
+    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+
+    @jax.jit
+    def values(x, gate, up, down, experts, weights):
+        y, back = jax.vjp(lambda x, g, u, d, w: run(x, g, u, d, experts, w), x, gate, up, down, weights)
+        return y, *back(dy)
+
+    for got, want in zip(values(*inputs), value_and_gradients(inputs, "reference"), strict=True):
+        assert_close(got, np.asarray(want, np.float64), "float32")
 
 
 @pytest.mark.slow
@@ -232,6 +294,12 @@ def test_a_tpu_takes_whole_lanes():
 
 def test_expert_mlp_refuses_shapes_that_do_not_fit():
     x, gate, up, down, experts, weights = routed(MLP["ragged"])
+    with pytest.raises(ValueError, match=r"dy \(99, 32\) must be as x \(100, 32\)"):
+        grouped_matmul.expert_mlp_grad(x, (gate, up, down), experts, weights, x[:99], (gate, up, down))
+    with pytest.raises(ValueError, match=r"sums \(6, 24, 32\) of x .* must be \(6, 32, 24\)"):
+        grouped_matmul.tgmm(x, x[:, :24], jnp.full(6, 10), down)
+    with pytest.raises(ValueError, match="at_once=0 must be at least 1"):
+        grouped_matmul.expert_mlp(x, gate, up, down, experts, weights, at_once=0)
     with pytest.raises(ValueError, match=r"gate and up are \[E,D,M\]"):
         grouped_matmul.expert_mlp(x, gate, up, up, experts, weights)
     with pytest.raises(ValueError, match=r"experts and weights are \[X,A\]"):

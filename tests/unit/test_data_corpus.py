@@ -18,7 +18,7 @@ import pytest
 
 from experiments import data as script
 from glm_jax.config import Data, Model, Run, Schedule, Stage, replace
-from glm_jax.data import cleaning, corpus, prepare, report, sources
+from glm_jax.data import cleaning, contrasts, corpus, prepare, report, sources
 from glm_jax.data.corpus import archives, clients, fetch, listing
 from glm_jax.data.document import DataError
 from glm_jax.data.engine import Engine
@@ -233,6 +233,21 @@ def test_a_source_archive_becomes_a_repository_and_one_under_another_licence_is_
     }
     assert not (tmp_path / "ran").exists()
     assert not list((out / "archives").glob("*.part"))
+
+
+def test_reviews_are_for_scorers_alone(tmp_path, monkeypatch):
+    said = "\n".join(f"第{number}次买这本书，纸张和翻译都很差，不推荐。" for number in range(150))
+    files = {"shop/neg.txt": said + "\nfrequency 12\n", "shop/words.csv": said, "shop/a.py": MODULE}
+    plain = {"manual-1.0.tar.gz": _sdist("manual", {"manual/a.py": MODULE * 3})}
+    _use(monkeypatch, _index(tmp_path / "index", {"shop-1.0.tar.gz": _sdist("shop", files), **plain}))
+    data = _list(tmp_path, "reviews sdist shop==1.0 MIT", "code sdist manual==1.0 MIT")
+    _make(data, tmp_path / "out")
+    *found, module = corpus.documents(tmp_path / "out", Counter())
+    assert [d.path for d in found] == ["shop/neg.txt#0", "shop/neg.txt#100"]
+    assert "".join(d.text + "\n" for d in found) == said + "\n"
+    assert all(d.unwanted for d in found) and not module.unwanted
+    examples = contrasts.gather([*found, module], ())["prose"]
+    assert [e.good for e in examples if e.kind == "review"] == [False, False]
 
 
 @pytest.fixture

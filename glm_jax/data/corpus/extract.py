@@ -17,6 +17,7 @@ from glm_jax.data.document import Document, write_documents
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _KANA = re.compile(r"[\u3041-\u30ff]{3}")
 _CHINESE = 0.1  # share of Han among the characters of a page that is Chinese
+_REVIEWS = 100
 _HEAD = 20_000  # characters that tell a page's language
 _PAPER = re.compile(r"(?:^|/)(?:copyright|licen[cs]e|copying|pkg-info)[^/]*$", re.IGNORECASE)
 _PAPERS_BYTES = 300_000  # of licence files, to find the licence's name in
@@ -32,7 +33,8 @@ def work(inputs: Sequence[Path], output: Path, settings: dict[str, Any]) -> dict
     papers: list[str] = []
     documents: list[Document] = []
     refused = ""
-    read = {"deb": _pages, "sdist": _repository, "patches": _patches}[record["kind"]]
+    readers = {"deb": _pages, "sdist": _repository, "patches": _patches}
+    read = _reviews if record["part"] == "reviews" else readers[record["kind"]]
     try:
         for text, fields in read(_members(inputs[0], drops, papers), name, record["part"], drops):
             for number, piece in enumerate(sources.cut(text, settings["max_document_bytes"])):
@@ -99,6 +101,20 @@ def _repository(members: Iterator[tuple[str, bytes]], name: str, part: str, drop
             domain = "math"
         fields = {"domain": domain, "source": f"sdist:{name}", "path": f"{name}/{inner}", "group": f"sdist:{name}"}
         yield text, {**fields, "repo": name if domain == "code" else None}
+
+
+def _reviews(members: Iterator[tuple[str, bytes]], name: str, part: str, drops: Counter[str]) -> Found:
+    """Of files with a review on each line, a hundred to a document."""
+    for path, data in members:
+        if not path.endswith(".txt") or (text := sources.decoded(data, drops)) is None:
+            continue
+        lines = [
+            line for line in text.splitlines() if is_chinese(line)
+        ]  # word lists and frequencies beside them are not
+        for first in range(0, len(lines), _REVIEWS):
+            label = f"{name}/{PurePosixPath(path).name}#{first}"
+            told = "\n".join(lines[first : first + _REVIEWS])
+            yield told, {"domain": "general", "source": f"reviews:{name}", "path": label, "group": label}
 
 
 def _patches(members: Iterator[tuple[str, bytes]], name: str, part: str, drops: Counter[str]) -> Found:

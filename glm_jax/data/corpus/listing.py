@@ -3,6 +3,7 @@
 A list is a file of lines `part kind name licence`, # begins a comment. Kinds: `deb`, a Debian package with web pages;
 `sdist`, a source archive of Python's package index, `name==version`; `patches`, a Debian source package whose patches
 are read. `a|b` is the first of several names that there is: names with versions change from release to release.
+Of the part `reviews` are examples of what is not wanted: scorers learn from them, nobody trains on them.
 """
 
 import re
@@ -14,7 +15,7 @@ from glm_jax.config import nearest
 from glm_jax.data.document import DataError
 
 DEFAULT = Path(__file__).with_name("default.txt")
-PARTS = ("web", "math", "code", "commits")
+PARTS = ("web", "math", "code", "commits", "reviews")
 KINDS = ("deb", "sdist", "patches")
 
 # Licences that allow their texts to be copied and changed, and what an archive's own papers say where it stands under one.
