@@ -32,7 +32,7 @@ from typing import Any
 from glm_jax.data import dedup, sources, web
 from glm_jax.data.corpus import archives
 from glm_jax.data.document import Document, write_documents
-from glm_jax.data.shards import Tokens
+from glm_jax.data.stages import Tokens
 
 BANDS, ROWS, GRAM = 14, 8, 5
 THRESHOLD = 0.8

@@ -3,11 +3,13 @@
 Every device holds E/expert experts. It gathers the tokens of its expert axis, runs those of their choices that are
 its own, and the sums go back to where the tokens came from. Perfectly balanced whatever the router does.
 
-Tokens go in chunks, so that one chunk's rows are few; a device has room for `ROOM` times those that it has on average and takes a
-second pass over its experts where it is sent more.
+Tokens go in chunks, so that one chunk's rows are few; a device has room for a quarter more of them than it has on average, and
+takes a second pass over its experts where it is sent more.
 """
 
+import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,19 @@ from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_grad
 Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD
 Tokens = tuple[Array, Array, Array]  # x_XD, experts_XA, weights_XA; of many chunks [chunks, X, ...]
 
-ROUTED_ROWS = {"cpu": 2**24, "tpu": 2**14, "gpu": 2**16}  # that a device has room for; on a CPU they are never stored
-ROOM = 2
+ROUTED_ROWS = {
+    "cpu": 2**24,
+    "tpu": 2**13,
+    "gpu": 2**15,
+}  # of a chunk on a device, balanced; on a CPU they are never stored
+ROOM = 1.25  # times as many
+
+
+class Products(NamedTuple):
+    """How the kernels compute: see `expert_mlp`."""
+
+    at_once: int
+    implementation: str | None
 
 
 def routed_experts(
@@ -58,36 +71,37 @@ def _local(
         gate_EDM, up_EDM, down_EMD = (_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
     x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
-    chunks, _ = pieces(len(x_XD), experts_XA.shape[-1], mesh.axis_size(mesh.EXPERT), platform())
+    chunks, room = pieces(len(x_XD), experts_XA.shape[-1], mesh.axis_size(mesh.EXPERT), platform())
+    products = Products(room, implementation)
     if chunks == 1:
-        return _chunk(implementation, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
+        return _chunk(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
     x_CXD, experts_CXA, weights_CXA = (z.reshape(chunks, -1, z.shape[-1]) for z in (x_XD, experts_XA, weights_XA))
-    return _in_turn(implementation, layer, (x_CXD, experts_CXA, weights_CXA)).reshape(x_BTD.shape)
+    y_CXD: Array = _in_turn(products, layer, (x_CXD, experts_CXA, weights_CXA))
+    return y_CXD.reshape(x_BTD.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(implementation: str | None, layer: Layer, chunks: Tokens) -> Array:
+def _in_turn(products: Products, layer: Layer, chunks: Tokens) -> Array:
     """One chunk after the other. For the backward pass a chunk keeps its tokens alone: what it gathers is as large as all
     chunks' tokens together. The layer's gradients are added up in one place, by the products themselves."""
-    return jax.lax.map(partial(_chunk, implementation, layer), chunks)
+    return jax.lax.map(partial(_chunk, products, layer), chunks)
 
 
-def _in_turn_forward(implementation: str | None, layer: Layer, chunks: Tokens) -> tuple[Array, tuple[Layer, Tokens]]:
-    return _in_turn(implementation, layer, chunks), (layer, chunks)
+def _in_turn_forward(products: Products, layer: Layer, chunks: Tokens) -> tuple[Array, tuple[Layer, Tokens]]:
+    return _in_turn(products, layer, chunks), (layer, chunks)
 
 
 def _in_turn_backward(
-    implementation: str | None, saved: tuple[Layer, Tokens], dy_CXD: Array
+    products: Products, saved: tuple[Layer, Tokens], dy_CXD: Array
 ) -> tuple[Layer, tuple[Array, None, Array]]:
     layer, chunks = saved
 
     def chunk(sums: Layer, of_chunk: tuple[Tokens, Array]) -> tuple[Layer, tuple[Array, Array]]:
         tokens, dy_XD = of_chunk
         x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
-        dx_XD, dweights_XA, sums = expert_mlp_grad(
-            x_XD, layer, experts_XA, weights_XA, mesh.gathered(dy_XD), sums,
-            at_once=ROUTED_ROWS[platform()], implementation=implementation,
-        )  # fmt: skip
+        options = products._asdict()
+        found = expert_mlp_grad(x_XD, layer, experts_XA, weights_XA, mesh.gathered(dy_XD), sums, **options)
+        dx_XD, dweights_XA, sums = found
         return sums, (mesh.scattered(dx_XD), mesh.scattered(dweights_XA))
 
     dlayer, (dx_CXD, dweights_CXA) = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, layer), (chunks, dy_CXD))
@@ -109,17 +123,17 @@ def _whole(w: Array, layout: P) -> Array:
 
 
 def pieces(tokens: int, choices: int, expert_axis: int, where: str) -> tuple[int, int]:
-    """How many chunks a device's tokens go in, the fewest that divide them and, balanced, need a share of the room; and for how many
-    routed rows of a chunk there is room."""
-    least = -(-tokens * choices * min(ROOM, expert_axis) // ROUTED_ROWS[where])
+    """How many chunks a device's tokens go in, the fewest that divide them and route few enough rows; and for how many of a chunk's
+    rows there is room."""
+    least = -(-tokens * choices // ROUTED_ROWS[where])
     chunks = next(n for n in range(least, tokens + 1) if tokens % n == 0)
-    return chunks, min(ROUTED_ROWS[where], tokens * choices * expert_axis // chunks)
+    balanced = tokens * choices // chunks
+    return chunks, math.ceil(balanced * min(ROOM, expert_axis))
 
 
-def _chunk(implementation: str | None, layer: Layer, tokens: Tokens) -> Array:
+def _chunk(products: Products, layer: Layer, tokens: Tokens) -> Array:
     x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
-    options = {"at_once": ROUTED_ROWS[platform()], "implementation": implementation}
-    return mesh.scattered(expert_mlp(x_XD, *layer, experts_XA, weights_XA, **options))
+    return mesh.scattered(expert_mlp(x_XD, *layer, experts_XA, weights_XA, **products._asdict()))
 
 
 def _gathered(layer: Layer, tokens: Tokens) -> Tokens:

@@ -179,7 +179,7 @@ def _hint(work: Work, room: int, dims: tuple[int, ...]) -> str:
     if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
         return "the embedding or the output matrix, its gradient, or a chunk of logits"
     if len(dims) == 2 and dims[0] == room and dims[1] in (cfg.D, cfg.M):
-        return "routed rows of a chunk of tokens: room for twice as many as a device has on average"
+        return "routed rows of a chunk of tokens: room for somewhat more than a device has on average"
     if work.step in SAMPLING and dims[1::2] == (cfg.K, cfg.H):
         return "keys or values of a layer in the cache: fewer rows a device or shorter ones make it smaller"
     if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):

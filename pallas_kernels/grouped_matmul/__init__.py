@@ -122,13 +122,17 @@ def expert_mlp_grad(
         )
     module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, layer[0])
     if module in (reference, xla):
-        mlp = partial(expert_mlp, implementation=implementation)
-        back = jax.vjp(lambda x, w, layer: mlp(x, *layer, experts_XA, w), x_XD, weights_XA, layer)[1]
-        dx_XD, dweights_XA, dlayer = back(dy_XD)
-        return dx_XD, dweights_XA, jax.tree.map(lambda s, d: (s + d).astype(s.dtype), sums, dlayer)
-    found = routed.expert_mlp_grad(module, x_XD, *layer, experts_XA, weights_XA, None, dy_XD, sums, at_once)
-    dx_XD, dweights_XA, *added = found
-    return dx_XD, dweights_XA.astype(weights_XA.dtype), tuple(added)
+
+        def mlp(x_XD, weights_XA, gate_EDM, up_EDM, down_EMD):
+            arrays = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
+            return expert_mlp(*arrays, implementation=implementation)
+
+        dx_XD, dweights_XA, *dlayer = jax.vjp(mlp, x_XD, weights_XA, *layer)[1](dy_XD)
+        gate_EDM, up_EDM, down_EMD = ((s + d).astype(s.dtype) for s, d in zip(sums, dlayer, strict=True))
+        return dx_XD, dweights_XA, (gate_EDM, up_EDM, down_EMD)
+    inputs = x_XD, *layer, experts_XA, weights_XA
+    dx_XD, dweights_XA, sums = routed.expert_mlp_grad(module, *inputs, None, dy_XD, sums, at_once)
+    return dx_XD, dweights_XA.astype(weights_XA.dtype), sums
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -155,22 +159,22 @@ def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module
     return _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once)[0]
 
 
-def _expert_mlp_fwd(*inputs_and_options):
-    *inputs, module, at_once = inputs_and_options
+def _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once):
+    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
     y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs, at_once)
-    return y_XD, (*inputs, hidden)
+    return y_XD, (inputs, hidden)
 
 
 def _expert_mlp_bwd(module, at_once, saved, dy_XD):
-    *inputs, hidden = saved
-    x_XD, gate_EDM, up_EDM, down_EMD, _, weights_XA = inputs
+    (x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA), hidden = saved
+    layer, choices = (gate_EDM, up_EDM, down_EMD), (experts_XA, weights_XA)
     if module is xla:
-        dx, *layer, dweights = xla.expert_mlp_grad(*inputs, dy_XD)
+        dx_XD, *dlayer, dweights_XA = xla.expert_mlp_grad(x_XD, *layer, *choices, dy_XD)
     else:
-        dx, dweights, *layer = routed.expert_mlp_grad(module, *inputs, hidden, dy_XD, at_once=at_once)
-    gradients = zip((dx, *layer, dweights), (x_XD, gate_EDM, up_EDM, down_EMD, weights_XA), strict=True)
-    *of_layer, of_weights = (d.astype(z.dtype) for d, z in gradients)
-    return *of_layer, None, of_weights  # none for the experts
+        found = routed.expert_mlp_grad(module, x_XD, *layer, *choices, hidden, dy_XD, at_once=at_once)
+        dx_XD, dweights_XA, dlayer = found
+    dlayer = (d.astype(w.dtype) for d, w in zip(dlayer, layer, strict=True))
+    return dx_XD.astype(x_XD.dtype), *dlayer, None, dweights_XA.astype(weights_XA.dtype)  # none for the experts
 
 
 _expert_mlp.defvjp(_expert_mlp_fwd, _expert_mlp_bwd)

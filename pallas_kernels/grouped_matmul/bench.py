@@ -114,16 +114,18 @@ def mlp_and_gradient(*inputs: Array, implementation: str | None = None) -> tuple
     return y_XD, *vjp(y_XD)
 
 
-def unfused_mlp(*inputs: Array) -> tuple[Array, routed.Hidden]:
+def unfused_mlp(*inputs: Array) -> tuple[Array, routed.Hidden | None]:
     """Of our own products for TPU, with gathers and SwiGLU between them left to XLA; with what is kept for the gradient."""
     only_on_tpu("the layer of three products")
-    return routed.expert_mlp(THREE_PRODUCTS, *inputs)
+    x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA = inputs
+    return routed.expert_mlp(THREE_PRODUCTS, x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
 
 
 def unfused_mlp_and_gradient(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA) -> tuple[Array, ...]:
     inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
     y_XD, hidden = unfused_mlp(*inputs)
-    return y_XD, *routed.expert_mlp_grad(THREE_PRODUCTS, *inputs, hidden, y_XD)
+    dx_XD, dweights_XA, layer = routed.expert_mlp_grad(THREE_PRODUCTS, *inputs, hidden, y_XD)
+    return y_XD, dx_XD, *layer, dweights_XA
 
 
 def _dense_mlp(x_XD: Array, gate_DM: Array, up_DM: Array, down_MD: Array) -> Array:

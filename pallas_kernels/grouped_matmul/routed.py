@@ -11,7 +11,7 @@ that there really are: under expert parallelism a device has room for few, and t
 from collections.abc import Callable
 from functools import partial, reduce
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from pallas_kernels.routing import position_map, row_order
 F32 = jnp.float32
 SUM_TOKENS = 1024  # whose choices are added at once
 Carry = TypeVar("Carry")
+Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD, or their gradients
 
 
 class Rows(NamedTuple):
@@ -42,16 +43,6 @@ class Hidden(NamedTuple):
     up_RM: Array
 
 
-class Sums(NamedTuple):
-    """What is added up: of tokens in x's dtype and float32, of the layer in its own or, where nothing is there yet, float32."""
-
-    dx_XD: Array
-    dweight_XA: Array
-    gate_EDM: Array | None = None
-    up_EDM: Array | None = None
-    down_EMD: Array | None = None
-
-
 def expert_mlp(
     products: ModuleType,
     x_XD: Array,
@@ -66,8 +57,10 @@ def expert_mlp(
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
     all_rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
 
+    source = _source(products, x_XD, gate_EDM)
+
     def add(rows: Rows, y_XD: Array) -> tuple[Array, Hidden]:
-        hidden, active_RM = _gate_up(products, x_XD, gate_EDM, up_EDM, rows)
+        hidden, active_RM = _gate_up(products, source, gate_EDM, up_EDM, rows)
         y_RD = products.gmm(active_RM, down_EMD, rows.size_E)
         return _add_choices(y_XD, (y_RD,), rows, rows.weight_XA), hidden
 
@@ -86,22 +79,24 @@ def expert_mlp_grad(
     weights_XA: Array,
     hidden: Hidden | None,
     dy_XD: Array,
-    sums: tuple[Array, Array, Array] | None = None,
+    sums: Layer | None = None,
     at_once: int | None = None,
-) -> Sums:
-    """Gradients for x and the weights, and those for gate, up and down, added to `sums` if there are any. Without `hidden` it is
+) -> tuple[Array, Array, Layer]:
+    """Gradients for x, in its type, for weights, in float32, and for the layer: added to `sums`, or in float32. Without `hidden` it is
     computed again."""
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
     all_rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
-    zeros = jnp.zeros_like(x_XD), jnp.zeros_like(all_rows.weight_XA)
+    dx_XD, dweight_XA = jnp.zeros_like(x_XD), jnp.zeros_like(all_rows.weight_XA)
+    source = _source(products, x_XD, gate_EDM)
 
-    def add(rows: Rows, sums: Sums) -> Sums:
-        return _add_gradients(products, rows, x_XD, (gate_EDM, up_EDM, down_EMD), hidden, dy_XD, sums)
+    def add(rows: Rows, found: tuple[Array, Array, Layer | None]) -> tuple[Array, Array, Layer]:
+        pre = hidden or _gate_up(products, source, gate_EDM, up_EDM, rows)[0]
+        return _add_gradients(products, rows, x_XD, (gate_EDM, up_EDM, down_EMD), pre, dy_XD, found)
 
     if at_once is None or at_once >= experts_XA.size:
-        return add(all_rows, Sums(*zeros, *(sums or ())))
+        return add(all_rows, (dx_XD, dweight_XA, sums))
     sums = sums or (jnp.zeros_like(gate_EDM), jnp.zeros_like(up_EDM), jnp.zeros_like(down_EMD))
-    return _in_passes(all_rows, at_once, add, Sums(*zeros, *sums))
+    return _in_passes(all_rows, at_once, add, (dx_XD, dweight_XA, sums))
 
 
 def tgmm(products: ModuleType, x_RD: Array, y_RM: Array, group_sizes_E: Array, sums_EDM: Array | None) -> Array:
@@ -123,7 +118,7 @@ def _rows(experts_XA: Array, weights_XA: Array, groups: int) -> Rows:
     return Rows(token_R, position_XA, here_XA, weight_R, weight_XA, size_E)
 
 
-def _in_passes(rows: Rows, at_once: int, add: Callable[[Rows, Carry], Carry], carry: Carry) -> Carry:
+def _in_passes(rows: Rows, at_once: int, add: Callable[[Rows, Any], Carry], carry: Carry) -> Carry:
     """`carry = add(rows, carry)` for `at_once` rows after the other, until those of the experts here are done: how many passes
     that takes is known on the device alone."""
     end_E, left = jnp.cumsum(rows.size_E), -len(rows.token_R) % at_once
@@ -146,48 +141,54 @@ def _add_gradients(
     products: ModuleType,
     rows: Rows,
     x_XD: Array,
-    layer: tuple[Array, Array, Array],
-    hidden: Hidden | None,
+    layer: Layer,
+    hidden: Hidden,
     dy_XD: Array,
-    sums: Sums,
-) -> Sums:
-    """`sums` with those of `rows`. Barriers keep no more than one routed array of x's width at a time."""
-    gate_EDM, up_EDM, down_EMD = layer
-    own, size_E = _layer(products, x_XD), rows.size_E
-    hidden = hidden or _gate_up(products, x_XD, gate_EDM, up_EDM, rows)[0]
+    found: tuple[Array, Array, Layer | None],
+) -> tuple[Array, Array, Layer]:
+    """What was found, with that of `rows` added. Barriers keep no more than one routed array of x's width at a time."""
+    (gate_EDM, up_EDM, down_EMD), (dx_XD, dweight_XA, sums) = layer, found
+    gate_sums, up_sums, down_sums = sums or (None, None, None)
+    own, size_E = _layer(products, gate_EDM), rows.size_E
     dy_RD = dy_XD[rows.token_R].astype(x_XD.dtype)
     hidden_grad = partial(_hidden_grad, products) if own is None else own.hidden_grad
     dgate_RM, dup_RM, scaled_RM, dweight_R = hidden_grad(dy_RD, down_EMD, *hidden, rows.weight_R, size_E)
-    ddown_EMD = tgmm(products, scaled_RM, dy_RD, size_E, sums.down_EMD)
+    ddown_EMD = tgmm(products, scaled_RM, dy_RD, size_E, down_sums)
     dgate_RM, dup_RM, ddown_EMD = jax.lax.optimization_barrier((dgate_RM, dup_RM, ddown_EMD))
     if own is not None:
         dx_RDs = (own.rows_grad(dgate_RM, dup_RM, gate_EDM, up_EDM, size_E),)
     else:  # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
         dx_RDs = (products.gmm_t(dz, w, size_E) for dz, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
-    dx_XD = _add_choices(sums.dx_XD, tuple(dx_RDs), rows, jnp.ones_like(rows.weight_XA))
+    dx_XD = _add_choices(dx_XD, tuple(dx_RDs), rows, jnp.ones_like(rows.weight_XA))
     dgate_RM, dup_RM, dx_XD = jax.lax.optimization_barrier((dgate_RM, dup_RM, dx_XD))
     x_RD = x_XD[rows.token_R]
-    dgate_EDM = tgmm(products, x_RD, dgate_RM, size_E, sums.gate_EDM)
-    dup_EDM = tgmm(products, x_RD, dup_RM, size_E, sums.up_EDM)
-    dweight_XA = sums.dweight_XA + jnp.where(rows.here_XA, dweight_R[rows.position_XA], 0)
-    return Sums(dx_XD, dweight_XA, dgate_EDM, dup_EDM, ddown_EMD)
+    dgate_EDM = tgmm(products, x_RD, dgate_RM, size_E, gate_sums)
+    dup_EDM = tgmm(products, x_RD, dup_RM, size_E, up_sums)
+    dweight_XA += jnp.where(rows.here_XA, dweight_R[rows.position_XA], 0)
+    return dx_XD, dweight_XA, (dgate_EDM, dup_EDM, ddown_EMD)
 
 
-def _gate_up(products: ModuleType, x_XD: Array, gate_EDM: Array, up_EDM: Array, rows: Rows) -> tuple[Hidden, Array]:
-    """The pre-activations, and silu(gate) * up in x's dtype."""
-    layer = _layer(products, x_XD)
+def _source(products: ModuleType, x_XD: Array, gate_EDM: Array) -> Array:
+    """What `_gate_up` takes its rows from; made once for all passes."""
+    layer = _layer(products, gate_EDM)
+    return x_XD if layer is None else layer.words(x_XD)
+
+
+def _gate_up(products: ModuleType, source: Array, gate_EDM: Array, up_EDM: Array, rows: Rows) -> tuple[Hidden, Array]:
+    """The pre-activations, and silu(gate) * up in x's dtype, which is that of the layer."""
+    layer = _layer(products, gate_EDM)
     if layer is not None:
-        gate_RM, up_RM, active_RM = layer.gate_up(x_XD, rows.token_R, gate_EDM, up_EDM, rows.size_E)
+        gate_RM, up_RM, active_RM = layer.gate_up(source, rows.token_R, gate_EDM, up_EDM, rows.size_E)
     else:
-        x_RD = x_XD[rows.token_R]
+        x_RD = source[rows.token_R]
         gate_RM, up_RM = (products.gmm(x_RD, w, rows.size_E) for w in (gate_EDM, up_EDM))
-        active_RM = (jax.nn.silu(gate_RM.astype(F32)) * up_RM.astype(F32)).astype(x_XD.dtype)
+        active_RM = (jax.nn.silu(gate_RM.astype(F32)) * up_RM.astype(F32)).astype(source.dtype)
     return Hidden(gate_RM, up_RM), active_RM
 
 
-def _layer(products: ModuleType, x_XD: Array) -> ModuleType | None:
+def _layer(products: ModuleType, gate_EDM: Array) -> ModuleType | None:
     """The products that an implementation has for the layer itself."""
-    return tpu_layer if products is tpu and tpu_layer.takes(x_XD) else None
+    return tpu_layer if products is tpu and tpu_layer.takes(gate_EDM) else None
 
 
 def _hidden_grad(

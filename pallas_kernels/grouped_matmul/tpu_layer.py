@@ -25,20 +25,20 @@ WORD_ROWS = 8  # of a tile of 32-bit words
 MOST_BESIDE = 8  # times as many rows to send for in an iteration of a product
 
 
-def takes(x_XD: Array) -> bool:
+def takes(gate_EDM: Array) -> bool:
     """Whether rows can be fetched one by one, and two tiles of them on their way fit the fast memory beside the weights."""
-    D, size, here = x_XD.shape[1], x_XD.dtype.itemsize, tpu.chip()
+    D, size, here = gate_EDM.shape[1], gate_EDM.dtype.itemsize, tpu.chip()
     whole_lanes = D * size % (4 * LANES) == 0
     return whole_lanes and 5 * (Config.tile + LANES) * D * size <= here.vmem_bytes * 3 // 4
 
 
 def gate_up(
-    x_XD: Array, token_R: Array, gate_EDM: Array, up_EDM: Array, group_sizes_E: Array
+    words_XW: Array, token_R: Array, gate_EDM: Array, up_EDM: Array, group_sizes_E: Array
 ) -> tuple[Array, Array, Array]:
-    """Of the rows x[token]: their products with gate and with up, and silu(gate) * up of those as they are rounded."""
+    """Of the rows x[token], from `words(x)`: their products with gate and with up, and silu(gate) * up of those as they are rounded."""
     (E, D, M), rows, here = gate_EDM.shape, len(token_R), tpu.chip()
-    config, words_XW = here.gmm, _words(x_XD)
-    tile, width = tpu.tile_rows(rows, config), tpu.block_width(M, 2 * D * x_XD.dtype.itemsize, here)
+    config, dtype = here.gmm, gate_EDM.dtype
+    tile, width = tpu.tile_rows(rows, config), tpu.block_width(M, 2 * D * dtype.itemsize, here)
     tiles = pl.cdiv(rows, tile)
     token_C1R = jnp.pad(token_R, (0, tiles * tile - rows)).reshape(tiles, 1, tile)
     walk = visits(group_sizes_E, rows, tile, tail=True)
@@ -51,7 +51,7 @@ def gate_up(
 
     weights = pl.BlockSpec((1, D, width), lambda n, v, bound, group, at, source, matrix: (matrix[v], 0, n))
     result = pl.BlockSpec((tile, width), lambda n, v, bound, group, at, source, matrix: (at[v], n))
-    product = pltpu.VMEM((tile, width), x_XD.dtype)
+    product = pltpu.VMEM((tile, width), dtype)
     return pl.pallas_call(
         partial(_gate_up_kernel, config=config, groups=E),
         name="gate_up",
@@ -62,16 +62,16 @@ def gate_up(
             out_specs=[result] * 3,
             scratch_shapes=[
                 pltpu.VMEM((2, pl.cdiv(tile, WORD_ROWS), WORD_ROWS, words_XW.shape[1]), words_XW.dtype),
-                pltpu.VMEM((tile, D), x_XD.dtype),
+                pltpu.VMEM((tile, D), dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 product,
                 product,
                 *_accumulator(config, tile, width),
             ],
         ),
-        out_shape=[result_like(x_XD, (rows, M), x_XD.dtype)] * 3,
+        out_shape=[result_like(words_XW, (rows, M), dtype)] * 3,
         compiler_params=tpu.parameters(here, bounds_checks=False),  # half of what sending for a row costs
-        cost_estimate=_cost(rows, D, 2 * M, (gate_EDM, up_EDM), x_XD.dtype.itemsize * rows * (D + 3 * M), rows * M),
+        cost_estimate=_cost(rows, D, 2 * M, (gate_EDM, up_EDM), dtype.itemsize * rows * (D + 3 * M), rows * M),
         interpret=tpu.interpret(),
     )(*walk[:5], token_C1R, token_C1R, words_XW, gate_EDM, up_EDM)
 
@@ -139,7 +139,7 @@ def rows_grad(dgate_RM: Array, dup_RM: Array, gate_EDM: Array, up_EDM: Array, gr
     )(*walk[:5], dgate_RM, dup_RM, gate_EDM, up_EDM)
 
 
-def _words(x_XD: Array) -> Array:
+def words(x_XD: Array) -> Array:
     """Rows that can be fetched one by one: float32 as it is, of bfloat16 the right half of the columns above the left."""
     if x_XD.dtype == F32:
         return x_XD

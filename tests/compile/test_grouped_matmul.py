@@ -52,7 +52,8 @@ def test_the_schedule_is_that_of_the_matrix_units(operation, model, chip):
 def gate_up(x_XD, experts_XA, gate_EDM, up_EDM):
     """As `expert_mlp` begins: the routed rows are nowhere but in the kernel."""
     size_E = jnp.zeros(len(gate_EDM), jnp.int32).at[experts_XA.reshape(-1)].add(1)
-    return tpu_layer.gate_up(x_XD, jnp.argsort(experts_XA.reshape(-1)) // experts_XA.shape[1], gate_EDM, up_EDM, size_E)
+    token_R = jnp.argsort(experts_XA.reshape(-1)) // experts_XA.shape[1]
+    return tpu_layer.gate_up(tpu_layer.words(x_XD), token_R, gate_EDM, up_EDM, size_E)
 
 
 def layer_arrays(product, D, M, E):
