@@ -6,12 +6,13 @@ and without any mesh (a notebook that calls a function on plain arrays) every fu
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from glm_jax import config
@@ -228,8 +229,8 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     """`w` in the layout `there`, which splits it over fewer axes than its own.
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
-    device until the transposed gather scatters it. One axis at a time, the innermost first, and shards that are no whole tiles
-    along a dimension of their own: of others TPU's compiler makes an all-reduce, for twice the bytes.
+    device until the transposed gather scatters it. One axis at a time, the innermost first: of several at once TPU's compiler makes
+    an all-reduce, for twice the bytes.
     """
     here = jax.typeof(w).sharding.spec.partitions
     steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
@@ -240,16 +241,25 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
 
     def local(w: Array) -> Array:
         for d, axis in steps:
-            if w.shape[d] % BLOCK == 0:
-                w = jax.lax.all_gather(w, axis, axis=d, tiled=True, to="reduced")
-            else:
-                shards = jax.lax.all_gather(w, axis, axis=0, to="reduced")
-                w = jnp.moveaxis(shards, 0, d).reshape([*w.shape[:d], -1, *w.shape[d + 1 :]])
+            w = joined(w, axis, d, to="reduced")
         return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
 
     return jax.shard_map(
         local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=frozenset(equal))
     )(w)
+
+
+def joined(shard: Array, axis: str, d: int, to: Literal["varying", "reduced"] = "varying") -> Array:
+    """Inside shard_map: the shards of a mesh axis side by side along dimension d.
+
+    Shards that are no whole tiles, or lie along the innermost dimension, come along one of their own, the outermost in memory too:
+    scattered along any other, TPU's compiler sums their gradient everywhere first, for twice the bytes.
+    """
+    if shard.shape[d] % BLOCK == 0 and d < shard.ndim - 1:
+        return jax.lax.all_gather(shard, axis, axis=d, tiled=True, to=to)
+    shards = jax.lax.all_gather(shard, axis, axis=0, to=to)
+    shards = with_layout_constraint(shards, Layout(major_to_minor=tuple(range(shards.ndim))))
+    return jnp.moveaxis(shards, 0, d).reshape([*shard.shape[:d], -1, *shard.shape[d + 1 :]])
 
 
 def whole(x: Array, batch: Sequence[int]) -> Array:
@@ -347,7 +357,10 @@ def scattered(x: Array) -> Array:
 
 def row(z: Array) -> Array:
     """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
-    return jax.lax.all_gather(z, CONTEXT, axis=1, tiled=True) if axis_size(CONTEXT) > 1 else z
+    if axis_size(CONTEXT) == 1:
+        return z
+    pieces = jax.lax.all_gather(z, CONTEXT, axis=0)  # along a dimension of its own: see `joined`
+    return jnp.moveaxis(pieces, 0, 1).reshape(z.shape[0], -1, *z.shape[2:])
 
 
 def own(x: Array) -> Array:

@@ -117,7 +117,7 @@ def _whole(w: Array, layout: P) -> Array:
     for d in range(w.ndim):
         axes = [axis for axis in mesh.axes_of(layout[d : d + 1]) if axis in mesh.SHARDS]
         for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
-            w = jax.lax.all_gather(w, axis, axis=d, tiled=True) if mesh.axis_size(axis) > 1 else w
+            w = mesh.joined(w, axis, d) if mesh.axis_size(axis) > 1 else w
         missing -= set(axes)
     return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
 
