@@ -61,5 +61,12 @@ setup(
             "renderers>=0.1.12",
             "httpx>=0.27",  # which renderers imports and does not declare
         ],
+        "peers": [  # what bench_data compares with
+            "trafilatura>=2.3",
+            "lxml_html_clean>=0.4",  # which its justext imports and does not declare
+            "datasketch>=2.0",
+            "datatrove[io]>=0.10",
+            "spacy>=3.8",  # datatrove's words
+        ],
     },
 )

@@ -1,6 +1,6 @@
 """Web pages to documents without duplicates: ours beside the field's own tools, on the same pages, one core, in one run.
 
-    python -m venv peers && peers/bin/pip install -e ".[data]" trafilatura datasketch lxml_html_clean 'datatrove[io]' spacy
+    python -m venv peers && peers/bin/pip install -e ".[data,peers]"
     python -m experiments.data --recipe default --out data/default       # brings pages
     peers/bin/python -m experiments.bench_data --archives data/default/archives --out experiments/results/bench_data.json
 
