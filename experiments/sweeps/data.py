@@ -18,12 +18,15 @@ _ROWS = {
 _WITHOUT: dict[str, dict[str, Any]] = {
     "buckets": {"data.bucket_epochs": (1.0,)},
     "duplicates removed": {"data.keep_duplicates": True, "data.semantic_kept": 1.0},
-    "FIM": {"pretrain.0.fim_rate": 0.0},
     "order of repositories": {"data.shuffle_files": True},
     "packing": {"pretrain.0.packing": "truncate", "pretrain.0.isolate": False},
 }
+_NO_FIM = {"pretrain.0.fim_rate": 0.0}
 _MIXTURE = {"pretrain.0.mixture": {}}  # every domain as much as there is of it
-_NOTHING = {name: value for change in _WITHOUT.values() for name, value in change.items()} | _MIXTURE
+_NOTHING = {name: value for change in _WITHOUT.values() for name, value in change.items()} | _NO_FIM | _MIXTURE
+# A repository is read as it is: FIM shows where files stand alone.
+_FILES = {"pretrain.0.long_documents": False}
+_CHANGES = ({}, _NOTHING, *_WITHOUT.values(), _FILES, _FILES | _NO_FIM)
 
 SWEEP = Sweep(
     baseline="mini",
@@ -32,5 +35,5 @@ SWEEP = Sweep(
         **SHORT,
         **_ROWS,
     },  # in an order in which each change leaves a valid run
-    grids=tuple({name: (value,) for name, value in change.items()} for change in ({}, _NOTHING, *_WITHOUT.values())),
+    grids=tuple({name: (value,) for name, value in change.items()} for change in _CHANGES),
 )

@@ -42,7 +42,7 @@ class Config:
     draining the matrix units takes: as many products are unrolled into it.
     """
 
-    tile: int = 512  # rows of x in a visit
+    tile: int = 256  # rows of x in a visit: a group's last and first take a whole one
     row_step: int = 256
     column_step: int = 128
     depth_step: int | None = None
@@ -57,7 +57,7 @@ class Chip:
     vmem_bytes: int = 64 << 20
     gmm: Config = Config()
     gmm_t: Config = Config()
-    tgmm: Config = Config(row_step=128, work=1 << 28)
+    tgmm: Config = Config(tile=512, row_step=128, work=1 << 28)  # half of it spills on v6e and tpu7x
 
 
 def chip() -> Chip:
@@ -85,7 +85,7 @@ def refusal(operation: str, *arrays: Array) -> str | None:
     widths = {*x.shape[1:], *other.shape[1:]}
     if any(width % LANES for width in widths):
         return f"shapes {x.shape} and {other.shape}: widths must be multiples of {LANES}"
-    needed, vmem = 2 * (Config.tile + LANES) * max(widths) * x.dtype.itemsize, chip().vmem_bytes
+    needed, vmem = 2 * (chip().tgmm.tile + LANES) * max(widths) * x.dtype.itemsize, chip().vmem_bytes
     if needed > vmem * 3 // 4:
         return (
             f"shapes {x.shape} and {other.shape}: a tile of rows would take {needed:,} of {vmem:,} bytes of fast memory"

@@ -29,7 +29,7 @@ def takes(gate_EDM: Array) -> bool:
     """Whether rows can be fetched one by one, and two tiles of them on their way fit the fast memory beside the weights."""
     D, size, here = gate_EDM.shape[1], gate_EDM.dtype.itemsize, tpu.chip()
     whole_lanes = D * size % (4 * LANES) == 0
-    return whole_lanes and 5 * (Config.tile + LANES) * D * size <= here.vmem_bytes * 3 // 4
+    return whole_lanes and 5 * (here.gmm.tile + LANES) * D * size <= here.vmem_bytes * 3 // 4
 
 
 def gate_up(
