@@ -66,6 +66,7 @@ setup(
             "lxml_html_clean>=0.4",  # which its justext imports and does not declare
             "datasketch>=2.0",
             "datatrove[io]>=0.10",
+            "xxhash<4",  # which it hashes strings with: 4 takes bytes alone
             "spacy>=3.8",  # datatrove's words
         ],
     },

@@ -192,9 +192,10 @@ def _program(plan: dict[str, Any]) -> str:
     return f"at the peak {plan['held_gib']:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
 
 
-def _other_step(plan: dict[str, Any]) -> str:
-    step = plan.get("step", "train")
-    return "" if step == "train" else f", {step}"
+def _variant(plan: dict[str, Any]) -> str:
+    """What of the plan is not usual."""
+    step, remat = plan.get("step", "train"), plan["remat"]
+    return "".join(f", {what}" for what in (step, f"remat {remat}") if what not in ("train", "remat layer"))
 
 
 def table(paths: list[Path]) -> str:
@@ -208,7 +209,7 @@ def table(paths: list[Path]) -> str:
         plan = json.loads(path.read_text())
         mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
         cells = (
-            f"{plan['recipe']}{_other_step(plan)}", f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
+            f"{plan['recipe']}{_variant(plan)}", f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
             f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} ({plan['peak_temp_gib']:.2f}) of {plan['hbm_gib']:.0f}"
             f"{'' if plan['fits'] else ': does not fit'}",
             f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",

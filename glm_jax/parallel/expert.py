@@ -23,12 +23,9 @@ from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_grad
 Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD
 Tokens = tuple[Array, Array, Array]  # x_XD, experts_XA, weights_XA; of many chunks [chunks, X, ...]
 
-ROUTED_ROWS = {
-    "cpu": 2**24,
-    "tpu": 2**13,
-    "gpu": 2**15,
-}  # of a chunk on a device, balanced; on a CPU they are never stored
-ROOM = 1.25  # times as many
+# Of a chunk on a device, balanced, and how many times as many there is room for. On a CPU they are never stored.
+ROUTED_ROWS = {"cpu": 2**24, "tpu": 2**13, "gpu": 2**15}
+ROOM = 1.25
 
 
 class Products(NamedTuple):

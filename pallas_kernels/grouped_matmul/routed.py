@@ -56,7 +56,6 @@ def expert_mlp(
     """y_XD, and what the backward pass needs beside the inputs; nothing where rows come in passes of `at_once`."""
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
     all_rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
-
     source = _source(products, x_XD, gate_EDM)
 
     def add(rows: Rows, y_XD: Array) -> tuple[Array, Hidden]:
