@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(VENV)/installed  ## raw documents -> one hybrid miniature -> runs/quickstart/report.html, in half an hour
+quickstart: $(VENV)/installed  ## raw documents -> one hybrid miniature -> runs/quickstart/report.html, in 25 minutes
 	$(BIN)/python -m experiments.quickstart --out runs/quickstart
 
 smoke: $(VENV)/installed  ## the same in a few steps of each stage, for continuous integration

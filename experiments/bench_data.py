@@ -19,7 +19,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -64,11 +63,11 @@ def trafilatura_texts(pages: list[bytes]) -> list[str]:
     return [trafilatura.extract(page) or "" for page in pages]
 
 
-def near(texts: list[str]) -> int:
-    """How many texts go."""
+def near(texts: list[str]) -> dict[int, int]:
+    """Of the texts that go, which stays instead."""
     words = dedup.Words()
     sets = [dedup.grams(words(text), GRAM) for text in texts]
-    return len(dedup.near(Tokens.of(sets, sets[0].dtype), dedup.signatures(sets, BANDS * ROWS), THRESHOLD, ROWS))
+    return dedup.near(Tokens.of(sets, sets[0].dtype), dedup.signatures(sets, BANDS * ROWS), THRESHOLD, ROWS)
 
 
 def datasketch_near(texts: list[str]) -> int:
@@ -96,9 +95,7 @@ def chain(pages: list[bytes], folder: Path) -> int:
         Document.of(text, domain="general", source="page", path=str(number), group=str(number))
         for number, text in enumerate(texts)
     )
-    words = dedup.Words()
-    sets = [dedup.grams(words(document.text), GRAM) for document in documents]
-    gone = dedup.near(Tokens.of(sets, sets[0].dtype), dedup.signatures(sets, BANDS * ROWS), THRESHOLD, ROWS)
+    gone = near([document.text for document in documents])
     write_documents(folder / "kept.jsonl", [document for n, document in enumerate(documents) if n not in gone])
     return len(documents) - len(gone)
 
@@ -152,11 +149,8 @@ def compare(sides: dict[str, Callable[[], Any]], repeats: int, megabytes: float)
 
 
 def in_folder(run: Callable[[list[bytes], Path], int], pages: list[bytes]) -> int:
-    folder = Path(tempfile.mkdtemp(prefix="bench_data"))
-    try:
-        return run(pages, folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="bench_data") as folder:
+        return run(pages, Path(folder))
 
 
 def main() -> None:
@@ -184,7 +178,7 @@ def main() -> None:
     }
     sides = {
         "extraction": (size, lambda: len(texts_of(pages)), lambda: len(trafilatura_texts(pages)), "trafilatura"),
-        "near": (text_size, lambda: near(texts), lambda: datasketch_near(texts), "datasketch"),
+        "near": (text_size, lambda: len(near(texts)), lambda: datasketch_near(texts), "datasketch"),
         "chain": (size, lambda: in_folder(chain, pages), lambda: in_folder(datatrove_chain, pages), "datatrove"),
     }
     for name, (megabytes, ours, theirs, whose) in sides.items():

@@ -140,10 +140,14 @@ def routed(case, seed=0, dtype="float32"):
     return x, gate, up, down, jnp.asarray(experts, jnp.int32), jnp.asarray(rng.random((case.X, case.A)), dtype)
 
 
+def gradient_of_result(x):
+    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+
+
 @partial(jax.jit, static_argnames=("implementation", "wrap"))
 def value_and_gradients(inputs, implementation, wrap=lambda f: f):
     x, gate, up, down, experts, weights = inputs
-    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+    dy = gradient_of_result(x)
 
     def run(x, gate, up, down, weights):
         return wrap(lambda *a: grouped_matmul.expert_mlp(*a, experts, weights, implementation=implementation))(
@@ -169,7 +173,7 @@ def test_gradients_of_pieces_add_up_to_the_whole(implementation):
     *_, experts, weights = inputs
     x, layer_weights = inputs[0], inputs[1:4]
     _, dx, *dlayer, dweights = value_and_gradients(inputs, "reference")
-    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    dy = gradient_of_result(x)
     sums, got = jax.tree.map(jnp.ones_like, layer_weights), []
     for piece in (slice(0, 120), slice(120, None)):
         grad = jax.jit(partial(grouped_matmul.expert_mlp_grad, implementation=implementation))
@@ -185,7 +189,7 @@ def test_gradients_of_pieces_add_up_to_the_whole(implementation):
 def test_rows_in_passes_give_the_same(name, at_once):
     inputs = routed(MLP[name])
     x, gate, up, down, experts, weights = inputs
-    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    dy = gradient_of_result(x)
     y, hidden = jax.jit(partial(layer.expert_mlp, xla, at_once=at_once))(*inputs)
     assert (hidden is None) == (at_once < experts.size)
     grad = jax.jit(partial(layer.expert_mlp_grad, xla, at_once=at_once))
@@ -202,7 +206,7 @@ def test_rows_in_passes_on_a_simulated_tpu():
     inputs = routed(MLP["lanes"])
     run = partial(grouped_matmul.expert_mlp, at_once=256, implementation="tpu")
     x, *_ = inputs
-    dy = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+    dy = gradient_of_result(x)
 
     @jax.jit
     def values(x, gate, up, down, experts, weights):
