@@ -257,6 +257,11 @@ def joined(shard: Array, axis: str, d: int, to: Literal["varying", "reduced"] = 
     """
     if shard.shape[d] % BLOCK == 0 and d < shard.ndim - 1:
         return jax.lax.all_gather(shard, axis, axis=d, tiled=True, to=to)
+    return _apart(shard, axis, d, to)
+
+
+def _apart(shard: Array, axis: str, d: int, to: Literal["varying", "reduced"]) -> Array:
+    """The shards along a dimension of their own, until they are here."""
     shards = jax.lax.all_gather(shard, axis, axis=0, to=to)
     shards = with_layout_constraint(shards, Layout(major_to_minor=tuple(range(shards.ndim))))
     return jnp.moveaxis(shards, 0, d).reshape([*shard.shape[:d], -1, *shard.shape[d + 1 :]])
@@ -357,10 +362,7 @@ def scattered(x: Array) -> Array:
 
 def row(z: Array) -> Array:
     """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
-    if axis_size(CONTEXT) == 1:
-        return z
-    pieces = jax.lax.all_gather(z, CONTEXT, axis=0)  # along a dimension of its own: see `joined`
-    return jnp.moveaxis(pieces, 0, 1).reshape(z.shape[0], -1, *z.shape[2:])
+    return _apart(z, CONTEXT, 1, "varying") if axis_size(CONTEXT) > 1 else z
 
 
 def own(x: Array) -> Array:
