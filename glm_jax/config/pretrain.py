@@ -100,6 +100,9 @@ class Optim:
     ns_steps: int = 5
     ns_dtype: DType = "bfloat16"
     ns_polish: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # steps that converge; 2: update_rms holds to 1 %
+    ns_gram: bool = field(
+        default=False, metadata=SILENT_AT_DEFAULT
+    )  # iterate on X X^T alone: faster on GPUs, in float16
     update_rms: float = 0.2
     lm_head: Literal["muon", "adamw"] = "muon"  # the report excludes only embedding, biases and norms
     router: Literal["muon", "adamw"] = "muon"
@@ -115,6 +118,10 @@ class Optim:
         require(0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)")
         require(self.ns_steps >= 1, f"ns_steps={self.ns_steps} must be at least 1")
         require(self.ns_polish >= 0, f"ns_polish={self.ns_polish} must be at least 0; 0 is Muon as published")
+        require(
+            not (self.ns_gram and self.ns_dtype == "bfloat16"),
+            "ns_gram=True loses the small singular values in ns_dtype=bfloat16; set ns_dtype to float16 or float32",
+        )
         require(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive; use inf for no clipping")
 
 

@@ -29,6 +29,7 @@ def optimizer(cfg: Optim, specs: Any) -> optax.GradientTransformation:
         update_rms=cfg.update_rms,
         split_heads=cfg.split_heads,
         ns_polish=cfg.ns_polish,
+        ns_gram=cfg.ns_gram,
     )
     adam = optax.scale_by_adam(cfg.adam_b1, cfg.adam_b2, cfg.adam_eps, mu_dtype=jnp.float32)
     decayed = jax.tree.map(lambda spec: cfg.decay_norms_and_biases or spec.kind not in ("norm", "bias"), specs)

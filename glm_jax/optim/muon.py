@@ -58,13 +58,15 @@ def scale_by_muon(  # noqa: PLR0913 (the options of one method, all named)
     update_rms: float = 0.2,
     split_heads: bool = False,
     ns_polish: int = 0,
+    ns_gram: bool = False,
 ) -> optax.GradientTransformation:
     """Orthogonalised momentum for every array of `specs`, a tree like the parameters' with a `Spec` for each.
 
     The result is an ascent direction: subtract it, times the learning rate. In float32 it is the formula to 1e-5; with
     `ns_dtype` bfloat16, as Moonlight trains, to 3e-2. `split_heads` treats every head of the
     attention projections as a matrix of its own, its scale included. `momentum_dtype` bfloat16 halves the state; each step's
-    sum is float32 and rounded once, when it is kept. Leaves that `optax.partition` masks pass by.
+    sum is float32 and rounded once, when it is kept. `ns_gram` iterates on X X^T alone: fewer operations, and float16 or
+    float32. Leaves that `optax.partition` masks pass by.
     """
 
     def init(params: Any) -> MuonState:
@@ -79,7 +81,7 @@ def scale_by_muon(  # noqa: PLR0913 (the options of one method, all named)
         leaves, tree = jax.tree.flatten(specs)
         found = tree.flatten_up_to(ahead)
         mine = [i for i, u in enumerate(found) if not isinstance(u, optax.MaskedNode)]
-        options = ns_steps, ns_dtype, split_heads, ns_polish
+        options = ns_steps, ns_dtype, split_heads, ns_polish, ns_gram
         for i, u in zip(mine, orthogonal([leaves[i] for i in mine], [found[i] for i in mine], *options), strict=True):
             found[i] = update_rms * u
         return jax.tree.unflatten(tree, found), MuonState(jax.tree.map(lambda m: m.astype(momentum_dtype), new))
@@ -88,13 +90,13 @@ def scale_by_muon(  # noqa: PLR0913 (the options of one method, all named)
 
 
 def orthogonal(
-    specs: list[Spec], us: list[Array], steps: int, dtype: DType, split_heads: bool, polish: int = 0
+    specs: list[Spec], us: list[Array], steps: int, dtype: DType, split_heads: bool, polish: int = 0, gram: bool = False
 ) -> list[Array]:
     """sqrt(max(rows, cols)) * NS of each of the weights' matrices: entries of RMS about one, float32."""
     stacks = [_stack(spec, split_heads) for spec in specs]
     xs = [_unit(u, stack.rows + stack.columns).astype(dtype) for stack, u in zip(stacks, us, strict=True)]
     whole = [i for i, stack in enumerate(stacks) if stack.spec.kind != "head" or stack.split is None]
-    iterate = partial(_iterate, steps=steps, polish=polish)
+    iterate = partial(_iterate, steps=steps, polish=polish, gram=gram)
     ys = dict(zip(whole, each_matrix(iterate, [stacks[i] for i in whole], [xs[i] for i in whole]), strict=True))
     for i in set(range(len(xs))) - set(whole):
         ys[i] = over_columns(partial(_iterate_columns, quintics=_quintics(steps, polish)), stacks[i], xs[i])
@@ -125,8 +127,8 @@ def _quintics(steps: int, polish: int) -> tuple[tuple[float, float, float], ...]
     return (PUBLISHED,) * steps + (CONVERGENT,) * polish
 
 
-def _iterate(x_BPQ: Array, steps: int, polish: int) -> Array:
-    return kernels.newton_schulz(x_BPQ, _quintics(steps, polish))
+def _iterate(x_BPQ: Array, steps: int, polish: int, gram: bool = False) -> Array:
+    return kernels.newton_schulz(x_BPQ, _quintics(steps, polish), implementation="gram" if gram else None)
 
 
 def _iterate_columns(

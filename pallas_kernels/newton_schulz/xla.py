@@ -15,13 +15,13 @@ def newton_schulz(x_BPQ: Array, quintics: tuple[tuple[float, float, float], ...]
 
 def _step(x_BPQ: Array, a: float, b: float, c: float) -> Array:
     dtype = x_BPQ.dtype
-    gram_BPP = _product("...pq,...rq->...pr", x_BPQ, x_BPQ)
+    gram_BPP = product("...pq,...rq->...pr", x_BPQ, x_BPQ)
     low_BPP = gram_BPP.astype(dtype)
-    poly_BPP = (b * gram_BPP + c * _product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
-    return (a * x_BPQ.astype(jnp.float32) + _product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
+    poly_BPP = (b * gram_BPP + c * product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
+    return (a * x_BPQ.astype(jnp.float32) + product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
 
 
-def _product(subscripts: str, x: Array, y: Array) -> Array:
+def product(subscripts: str, x: Array, y: Array) -> Array:
     # float32 means float32 on hardware whose default would round the inputs
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.newton_schulz import newton_schulz, tpu
+from pallas_kernels.newton_schulz import newton_schulz, operations, tpu
 from pallas_kernels.newton_schulz.cases import CASES, Case
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -33,7 +33,7 @@ def error(y, x, steps: int) -> float:
     return float(np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "gram"])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "test" in case.tags])
 def test_singular_values_follow_the_polynomial(name, implementation):
     case = CASES[name]
@@ -65,6 +65,21 @@ def test_tpu_kernel_is_as_near_as_xla_is(name):
     assert error(y, x, min(case.steps, 2)) < 1.5 * near + 2**-8  # bfloat16: two roundings more of the polynomial
 
 
+def test_gram_in_float16_is_nearer_than_the_plain_form_in_bfloat16():
+    """Singular values over four decades, as momentum has; in bfloat16 the Gram form is less near."""
+    random = np.random.default_rng(0)
+    u, v = (np.linalg.qr(random.normal(size=(n, 96)))[0] for n in (96, 320))
+    x = (u * np.geomspace(1, 1e-4, 96)) @ v.T
+    x /= np.linalg.norm(x)
+
+    def of(implementation: str, dtype: str) -> float:
+        rounded = jnp.asarray(x, dtype)
+        return error(newton_schulz(rounded, (QUINTIC,) * 5, implementation=implementation), x, 5)
+
+    plain = of("xla", "bfloat16")
+    assert 2 * of("gram", "float16") < plain < of("gram", "bfloat16")
+
+
 def test_the_gradient_is_that_of_the_polynomial():
     x = matrices(Case((2,), 4, 6), "float32")
     dy = matrices(Case((2,), 4, 6), "float32", seed=1)
@@ -88,6 +103,20 @@ def test_the_tpu_kernel_has_the_gradient_of_xla():
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("gram", [False, True])
+def test_operations_are_those_of_the_program(gram):
+    P, Q, steps = 32, 96, 7
+    step = jax.jit(
+        lambda x: newton_schulz(
+            x, tuple((QUINTIC[0] + i, *QUINTIC[1:]) for i in range(steps)), implementation="gram" if gram else "xla"
+        )
+    )
+    counted = (
+        step.lower(jnp.ones((P, Q))).compile().cost_analysis()["flops"]
+    )  # all steps differ: no loop, whose body counts once
+    assert counted == pytest.approx(operations(P, Q, steps, gram), rel=0.05)
+
+
 def test_nan_stays_in_its_matrix():
     x = matrices(Case((3,), 4, 6), "float32").at[1, 2, 3].set(jnp.nan)
     y = newton_schulz(x, (QUINTIC,))
@@ -102,6 +131,6 @@ def test_what_does_not_fit_is_told():
         newton_schulz(x[0, 0], (QUINTIC,))
     with pytest.raises(ValueError, match=r"triples"):
         newton_schulz(x, ((1.0, 2.0),))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="known: reference, xla, tpu"):
+    with pytest.raises(ValueError, match="known: reference, xla, tpu, gram"):
         newton_schulz(x, (QUINTIC,), implementation="cuda")
     assert newton_schulz(x[:0], (QUINTIC,)).shape == (0, 4, 6)

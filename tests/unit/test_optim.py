@@ -93,6 +93,8 @@ def test_polish_reaches_the_optimizer_and_none_of_it_is_muon_as_published():
     assert rms[0] != pytest.approx([0.2, 0.2], rel=0.03)
     with pytest.raises(ConfigError, match="ns_polish=-1 must be at least 0"):
         Optim(ns_polish=-1)
+    with pytest.raises(ConfigError, match="set ns_dtype to float16 or float32"):
+        Optim(ns_gram=True, ns_dtype="bfloat16")
 
 
 def test_the_published_models_train_with_updates_of_rms_0_2():
