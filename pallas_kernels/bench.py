@@ -53,6 +53,13 @@ def benches(folder: str, tag: str) -> Iterator[Bench]:
     yield from importlib.import_module(f"pallas_kernels.{folder}.bench").benches(tag)
 
 
+def tagged(cases: Mapping[str, Any], tag: str) -> Iterator[tuple[str, Any, Any]]:
+    """(name, case, dtype) of those with the tag: bfloat16 on chips, float32 on a CPU."""
+    for name, case in cases.items():
+        if tag in case.tags:
+            yield name, case, jnp.bfloat16 if tag == "chip" else jnp.float32
+
+
 def normal(dtype: Any, *shapes: tuple[int, ...], seed: int = 0) -> tuple[Array, ...]:
     """Standard normal arrays."""
     rng = np.random.default_rng(seed)

@@ -15,7 +15,7 @@ from jax import Array
 
 from pallas_kernels.attention import IMPLEMENTATIONS, attention
 from pallas_kernels.attention.cases import CASES, Case
-from pallas_kernels.bench import Bench, normal, only_on_tpu
+from pallas_kernels.bench import Bench, normal, only_on_tpu, tagged
 
 PLACES = ("q_positions_BT", "k_positions_BS", "q_segments_BT", "k_segments_BS")
 
@@ -84,10 +84,8 @@ def and_gradient(f, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *places: Array,
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield from _benches(name, case, dtype)
+    for name, case, dtype in tagged(CASES, tag):
+        yield from _benches(name, case, dtype)
 
 
 def _benches(name: str, case: Case, dtype) -> Iterator[Bench]:

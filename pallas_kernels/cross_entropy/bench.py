@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.bench import Bench, normal, only_where_it_runs
+from pallas_kernels.bench import Bench, normal, only_where_it_runs, tagged
 from pallas_kernels.cross_entropy import IMPLEMENTATIONS, linear_cross_entropy
 from pallas_kernels.cross_entropy.cases import CASES, Case
 
@@ -35,10 +35,8 @@ def tokamax(x_XD: Array, w_DV: Array, targets_X: Array, weights_X: Array):
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield _bench(name, case, dtype)
+    for name, case, dtype in tagged(CASES, tag):
+        yield _bench(name, case, dtype)
 
 
 def _bench(name: str, case: Case, dtype) -> Bench:

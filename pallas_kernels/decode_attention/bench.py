@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.bench import Bench, normal, only_on_tpu
+from pallas_kernels.bench import Bench, normal, only_on_tpu, tagged
 from pallas_kernels.decode_attention import IMPLEMENTATIONS, decode_attention
 from pallas_kernels.decode_attention.cases import CASES, Case
 
@@ -34,10 +34,8 @@ def paged_attention(q_BTNH: Array, k_PKZH: Array, v_PKZH: Array, pages_BC: Array
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield _bench(name, case, dtype)
+    for name, case, dtype in tagged(CASES, tag):
+        yield _bench(name, case, dtype)
 
 
 def _bench(name: str, case: Case, dtype) -> Bench:

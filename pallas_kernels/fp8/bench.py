@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import fp8
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, tagged
 from pallas_kernels.fp8.cases import CASES, Case
 from pallas_kernels.grouped_matmul import gmm
 
@@ -25,10 +25,8 @@ def unquantized(x_XD: Array, value: Array, scale: Array, *sizes: Array) -> Array
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield _bench(name, case, dtype)
+    for name, case, dtype in tagged(CASES, tag):
+        yield _bench(name, case, dtype)
 
 
 def _bench(name: str, case: Case, dtype) -> Bench:

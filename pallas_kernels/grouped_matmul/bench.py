@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.bench import Bench, normal, only_on_tpu, only_where_it_runs
+from pallas_kernels.bench import Bench, normal, only_on_tpu, only_where_it_runs, tagged
 from pallas_kernels.choose import Later, platform
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, routed
 from pallas_kernels.grouped_matmul.cases import GMM, MLP, Gmm, Mlp
@@ -144,13 +144,10 @@ def dense_mlp_and_gradient(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in GMM.items():
-        if tag in case.tags:
-            yield from _gmm_benches(name, case, dtype)
-    for name, case in MLP.items():
-        if tag in case.tags:
-            yield from _mlp_benches(name, case, dtype)
+    for name, case, dtype in tagged(GMM, tag):
+        yield from _gmm_benches(name, case, dtype)
+    for name, case, dtype in tagged(MLP, tag):
+        yield from _mlp_benches(name, case, dtype)
 
 
 def _gmm_benches(name: str, case: Gmm, dtype) -> Iterator[Bench]:

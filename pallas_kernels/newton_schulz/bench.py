@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, tagged
 from pallas_kernels.newton_schulz import IMPLEMENTATIONS, newton_schulz
 from pallas_kernels.newton_schulz.cases import CASES, Case
 
@@ -16,9 +16,8 @@ PUBLISHED = (3.4445, -4.7750, 2.0315)
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield _bench(name, case, jnp.bfloat16 if tag == "chip" else jnp.float32)
+    for name, case, dtype in tagged(CASES, tag):
+        yield _bench(name, case, dtype)
 
 
 def _bench(name: str, case: Case, dtype) -> Bench:

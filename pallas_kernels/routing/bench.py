@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels import routing
-from pallas_kernels.bench import Bench, normal
+from pallas_kernels.bench import Bench, normal, tagged
 from pallas_kernels.routing.cases import CASES, Case
 
 
@@ -26,11 +26,9 @@ def route(
 
 
 def benches(tag: str) -> Iterator[Bench]:
-    dtype = jnp.bfloat16 if tag == "chip" else jnp.float32
-    for name, case in CASES.items():
-        if tag in case.tags:
-            yield _route(name, case, dtype)
-            yield _position_map(name, case)
+    for name, case, dtype in tagged(CASES, tag):
+        yield _route(name, case, dtype)
+        yield _position_map(name, case)
 
 
 def _route(name: str, case: Case, dtype) -> Bench:
