@@ -1,5 +1,6 @@
 """Grouped-query attention with optional QK-norm and partial RoPE (GLM-4.5 report, section 2.1; spec 1.3)."""
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -8,8 +9,11 @@ from glm_jax import mesh
 from glm_jax.config import Model
 from glm_jax.model import cache as kv
 from glm_jax.model.ops import rms_norm, rope, rotary_angles
-from glm_jax.spec import bias, norm, part, weight
+from glm_jax.spec import bias, declare, norm, part, weight
 from pallas_kernels.attention import attention as attention_kernel
+
+# Of a layer's attention for its backward pass, beside what goes in: queries are rotated again, for they are as large as the result.
+KEPT = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 
 
 @struct.dataclass
@@ -52,8 +56,20 @@ def places(cfg: Model, positions_BT: Array, segments_BT: Array, prefixes_BT: Arr
     return Places(positions_BT, segments_BT, prefixes_BT, jnp.cos(angles), jnp.sin(angles))
 
 
+def _rotated(cfg: Model, z_BTNH: Array, scale_H: Array | None, at: Places) -> Array:
+    """Queries or keys after their norm, after the bias and with one scale for all heads, and RoPE."""
+    z_BTNH = z_BTNH if scale_H is None else rms_norm(z_BTNH, scale_H, cfg.norm_eps)
+    return rope(z_BTNH, at.cos_BTH, at.sin_BTH)
+
+
 def attention(
-    cfg: Model, p: Attention, x_BTD: Array, at: Places, cache: kv.Cache | None = None, layer: Array | int = 0
+    cfg: Model,
+    p: Attention,
+    o_NHD: Array,
+    x_BTD: Array,
+    at: Places,
+    cache: kv.Cache | None = None,
+    layer: Array | int = 0,
 ) -> tuple[Array, kv.Cache | None]:
     """Attend to this row's earlier tokens, or to the cache's where one is given (it comes back one layer longer)."""
     q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, p.q_DNH)
@@ -61,10 +77,8 @@ def attention(
     v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, p.v_DKH)
     if p.qkv_bias is not None:
         q_BTNH, k_BTKH, v_BTKH = q_BTNH + p.qkv_bias.q_NH, k_BTKH + p.qkv_bias.k_KH, v_BTKH + p.qkv_bias.v_KH
-    if p.qk_norm is not None:  # after the bias, before RoPE, one scale for all heads
-        q_BTNH = rms_norm(q_BTNH, p.qk_norm.q_H, cfg.norm_eps)
-        k_BTKH = rms_norm(k_BTKH, p.qk_norm.k_H, cfg.norm_eps)
-    q_BTNH, k_BTKH = (rope(z, at.cos_BTH, at.sin_BTH) for z in (q_BTNH, k_BTKH))
+    q_scale_H, k_scale_H = (None, None) if p.qk_norm is None else (p.qk_norm.q_H, p.qk_norm.k_H)
+    k_BTKH = _rotated(cfg, k_BTKH, k_scale_H, at)
 
     k_BSKH, v_BSKH, positions_BS, segments_BS = k_BTKH, v_BTKH, at.positions_BT, at.segments_BT
     if cache is not None:
@@ -90,5 +104,17 @@ def attention(
     layouts = ("BTNH", keys[0], keys[0], "BT", keys[1], "BT", keys[1], "BT", *["KSH"] * len(shared))
     attend = mesh.per_shard(attend, layouts, "BTNH")
     where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS, at.prefixes_BT)
-    y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, *where, *shared)
-    return jnp.tensordot(y_BTNH, p.o_NHD, axes=2), cache  # einsum would contract "hn": a transposed copy of the weight
+
+    def rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH):
+        return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *shared)
+
+    if cfg.remat != "none" and cache is None:
+        rotate_and_attend = jax.checkpoint(rotate_and_attend, policy=KEPT)
+    y_BTNH = rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH)
+
+    def output(y_BTNH, o_NHD):  # einsum would contract "hn": a transposed copy of the weight
+        return jnp.tensordot(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), axes=2)
+
+    if cfg.remat != "none" and cache is None:
+        output = jax.checkpoint(output)
+    return output(y_BTNH, o_NHD), cache

@@ -39,8 +39,10 @@ def block(
     experts_BTA: Array | None = None,
 ) -> tuple[Array, Cache | None, Routing | None]:
     """A dense layer (no routing comes back) or an MoE layer, by the class of `p`; experts_BTA as in `moe`."""
-    p = mesh.gather(p, declare(type(p), cfg), cfg.dtype)
-    y_BTD, cache = attention(cfg, p.attention, rms_norm(x_BTD, p.attention_norm_D, cfg.norm_eps), at, cache, layer)
+    shards, p = p.attention, mesh.gather(p, declare(type(p), cfg), cfg.dtype)
+    y_BTD, cache = attention(
+        cfg, p.attention, shards.o_NHD, rms_norm(x_BTD, p.attention_norm_D, cfg.norm_eps), at, cache, layer
+    )
     x_BTD = x_BTD + y_BTD
     h_BTD = rms_norm(x_BTD, p.ffn_norm_D, cfg.norm_eps)
     if isinstance(p.ffn, Dense):

@@ -60,7 +60,7 @@ def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, st
     if length > run.model.max_positions:
         raise ConfigError(f"seq={length} exceeds max_positions={run.model.max_positions}; use at most that")
     run = replace(run, optim=run.post.unify.grpo.optim) if step == "grpo" else run
-    work = dataclasses.replace(analytic.work(run, sizes, rows, length), step=step, prompt=length // 2)
+    work = dataclasses.replace(analytic.work(run, sizes, rows, length), step=step, prompt=length // 2, gpu=machine.gpu)
     mesh.check(mesh.abstract(sizes), model.specs(run.model), rows, length)
     if step == "sample":
         sampling.check(work)

@@ -16,6 +16,7 @@ from glm_jax.model import counts
 from glm_jax.optim import owner
 from glm_jax.parallel.homes import Kind, share
 from glm_jax.spec import Spec, leaves
+from pallas_kernels import newton_schulz
 
 BF16, FLOAT32 = 2, 4
 SAMPLING = ("prefill", "decode")  # programs of a step "sample"
@@ -24,7 +25,7 @@ SAMPLING = ("prefill", "decode")  # programs of a step "sample"
 @dataclass(frozen=True)
 class Work:
     """A step over a mesh of these sizes: "train" and "grpo" learn from `rows` of `length` tokens; "prefill" reads their first
-    `prompt` tokens, "decode" draws one more of each (`plan.sampling` counts these two)."""
+    `prompt` tokens, "decode" draws one more of each (`plan.sampling` counts these two). `gpu`: with a GPU's kernels."""
 
     run: Run
     axes: dict[str, int]
@@ -32,6 +33,7 @@ class Work:
     length: int
     step: str = "train"
     prompt: int = 0
+    gpu: bool = False
 
     @property
     def devices(self) -> int:
@@ -82,7 +84,11 @@ def memory(now: Work) -> dict[str, float]:
 
 
 def operations(now: Work) -> dict[str, float]:
-    """Matrix products and attention: forward and backward (6ND + attention), what is computed again, the optimizer."""
+    """Matrix products and attention: forward and backward (6ND + attention), what is computed again, the optimizer.
+
+    No attention kernel keeps scores: the backward pass makes them again, and on a GPU twice, with their gradients, for those of
+    queries come from a kernel of their own.
+    """
     cfg, tokens = now.run.model, now.tokens
     mtp = now.mtp_layers > 0
     useful = tokens * counts.flops_per_token(cfg, now.length, training=True, mtp=mtp)
@@ -92,8 +98,8 @@ def operations(now: Work) -> dict[str, float]:
         last = 2 * cfg.D * (cfg.dense_layers * cfg.F + (cfg.moe_layers + mtp) * cfg.M * (cfg.A + cfg.shared_experts))
         forward = counts.flops_per_token(cfg, now.length, mtp=mtp)
         again = tokens * (forward - head - last)  # nothing needs a layer's last products twice
-    scores = tokens * now.layers * 2 * cfg.N * cfg.H * (now.length + 1) / 2  # which no kernel keeps
-    return {"model": useful, "recomputed": again + scores, "optimizer": _newton_schulz(now)}
+    scores = tokens * now.layers * 2 * cfg.N * cfg.H * (now.length + 1) / 2
+    return {"model": useful, "recomputed": again + scores * (3 if now.gpu else 1), "optimizer": _newton_schulz(now)}
 
 
 def _newton_schulz(now: Work) -> float:
@@ -101,7 +107,8 @@ def _newton_schulz(now: Work) -> float:
     for _, spec in leaves(model.specs(now.run.model)):
         if owner(optim, spec) == "muon":
             number, short, long = matrices(spec)
-            total += number * (optim.ns_steps + optim.ns_polish) * (4 * short**2 * long + 2 * short**3)
+            steps = optim.ns_steps + optim.ns_polish
+            total += number * newton_schulz.operations(short, long, steps, optim.ns_gram)
     return total / now.devices
 
 
@@ -140,7 +147,7 @@ def _transfers(now: Work) -> Iterator[Transfer]:
         at_rest, in_use = (mesh.axes_of(layout(spec)) for layout in (mesh.at_rest, mesh.in_use))
         gathered = tuple(axis for axis in at_rest if axis not in in_use)
         in_a_layer = name.split(".")[0] in ("dense", "moe", "mtp")
-        passes = 2 if in_a_layer and cfg.remat != "none" else 1
+        passes = 1 if not in_a_layer or cfg.remat == "none" else 3 if name.endswith("o_NHD") else 2
         width = _width(now, spec)
         size = width * spec.count / now.shards(in_use)
         for i, axis in enumerate(gathered):  # one at a time, the last one first

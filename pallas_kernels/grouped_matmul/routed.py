@@ -21,7 +21,7 @@ from pallas_kernels.grouped_matmul import tpu, tpu_layer
 from pallas_kernels.routing import position_map, row_order
 
 F32 = jnp.float32
-SUM_TOKENS = 1024  # whose choices are added at once
+SUM_TOKENS = 512  # whose choices are added at once
 Carry = TypeVar("Carry")
 Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD, or their gradients
 

@@ -184,7 +184,8 @@ def test_experts_are_gathered_along_fsdp_alone():
     others = count(model.specs(GLM45.model)) - experts - vocabulary
     summed = 2 * ((experts + vocabulary) / 8 + others) * 63 / 64  # bfloat16
     assert found["fsdp reduce-scatter"] == pytest.approx(summed, rel=0.01)
-    assert found["fsdp all-gather"] == pytest.approx(2 * summed, rel=0.01)
+    outputs = 2 * 93 * 96 * 128 * 5120 * 63 / 64  # of attention: once more in the backward pass
+    assert found["fsdp all-gather"] == pytest.approx(2 * summed + outputs, rel=0.01)
     assert not [key for key in found if key.startswith("data")]
 
 
