@@ -108,7 +108,8 @@ def ours(train_steps: int, samples: int) -> dict:
 
     from glm_jax import config, mesh, model, spec
     from glm_jax.optim import optimizer
-    from glm_jax.sample.engine import Sampling, generate, prepare
+    from glm_jax.sample.engine import Sampling, generate
+    from glm_jax.sample.weights import prepare
     from glm_jax.train import state
     from glm_jax.train.step import Knobs, train_step
 

@@ -223,7 +223,7 @@ def _policy(folder: Path, *, fingerprint: str, step: int) -> "Policy":
     """The model of a stage's folder, kept for as long as it is the same: its scores are asked for one after the other."""
     from glm_jax.data.prepare import load_tokenizer
     from glm_jax.rl.rollout import Policy
-    from glm_jax.sample.engine import prepare
+    from glm_jax.sample.weights import prepare
     from glm_jax.train import checkpoint
 
     run, params, router_bias_LE, data = checkpoint.load_params(folder)

@@ -144,7 +144,7 @@ class Learner:
     def policy(self) -> "Policy":
         """The model as it now is, ready to answer: sampler and trainer share one forward."""
         from glm_jax.rl.rollout import Policy
-        from glm_jax.sample.engine import prepare
+        from glm_jax.sample.weights import prepare
 
         return Policy(self.cfg, prepare(self.cfg, self.state.params), self.state.router_bias_LE, self.tokenizer)
 

@@ -8,7 +8,7 @@ from jax import Array
 from glm_jax import mesh
 from glm_jax.config import Model
 from glm_jax.model import cache as kv
-from glm_jax.model.ops import rms_norm, rope, rotary_angles
+from glm_jax.model.ops import project, rms_norm, rope, rotary_angles
 from glm_jax.spec import bias, declare, norm, part, weight
 from pallas_kernels.attention import attention as attention_kernel
 
@@ -72,9 +72,9 @@ def attention(
     layer: Array | int = 0,
 ) -> tuple[Array, kv.Cache | None]:
     """Attend to this row's earlier tokens, or to the cache's where one is given (it comes back one layer longer)."""
-    q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, p.q_DNH)
-    k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, p.k_DKH)
-    v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, p.v_DKH)
+    q_BTNH = project(x_BTD, p.q_DNH)
+    k_BTKH = project(x_BTD, p.k_DKH)
+    v_BTKH = project(x_BTD, p.v_DKH)
     if p.qkv_bias is not None:
         q_BTNH, k_BTKH, v_BTKH = q_BTNH + p.qkv_bias.q_NH, k_BTKH + p.qkv_bias.k_KH, v_BTKH + p.qkv_bias.v_KH
     q_scale_H, k_scale_H = (None, None) if p.qk_norm is None else (p.qk_norm.q_H, p.qk_norm.k_H)
@@ -112,8 +112,8 @@ def attention(
         rotate_and_attend = jax.checkpoint(rotate_and_attend, policy=KEPT)
     y_BTNH = rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH)
 
-    def output(y_BTNH, o_NHD):  # einsum would contract "hn": a transposed copy of the weight
-        return jnp.tensordot(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), axes=2)
+    def output(y_BTNH, o_NHD):
+        return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2)
 
     if cfg.remat != "none" and cache is None:
         output = jax.checkpoint(output)

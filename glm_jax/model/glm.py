@@ -20,7 +20,7 @@ from glm_jax.model.attention import Places, places
 from glm_jax.model.blocks import DenseBlock, MoEBlock, block
 from glm_jax.model.moe import ROUTER_BIAS, Routing
 from glm_jax.model.mtp import MTP, mtp
-from glm_jax.model.ops import rms_norm
+from glm_jax.model.ops import project, rms_norm
 from glm_jax.parallel.order import together
 from glm_jax.parallel.vocabulary import embed
 from glm_jax.spec import norm, part, weight
@@ -170,7 +170,7 @@ def hidden(  # noqa: PLR0913 (as forward)
 def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
     """Logits, float32: the output matrix is shared by the main model and the MTP layer."""
     head_DV = mesh.spread(params.head_DV, specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return project(hidden_BTD, head_DV, dtype=jnp.float32)
 
 
 def output_matrix(cfg: Model, params: GLM) -> Array:

@@ -6,7 +6,7 @@ from flax import struct
 from jax import Array
 
 from glm_jax.config import Model
-from glm_jax.model.ops import swiglu
+from glm_jax.model.ops import project, swiglu
 from glm_jax.parallel.expert import routed_experts
 from glm_jax.spec import part, state, weight
 from pallas_kernels import routing
@@ -48,13 +48,13 @@ class Routing:
 
 
 def dense(p: Dense, x_BTD: Array) -> Array:
-    h_BTF = swiglu(jnp.einsum("btd,df->btf", x_BTD, p.gate_DF), jnp.einsum("btd,df->btf", x_BTD, p.up_DF))
-    return jnp.einsum("btf,fd->btd", h_BTF, p.down_FD)
+    h_BTF = swiglu(project(x_BTD, p.gate_DF), project(x_BTD, p.up_DF))
+    return project(h_BTF, p.down_FD)
 
 
 def shared(p: Shared, x_BTD: Array) -> Array:
-    h_BTM = swiglu(jnp.einsum("btd,dm->btm", x_BTD, p.gate_DM), jnp.einsum("btd,dm->btm", x_BTD, p.up_DM))
-    return jnp.einsum("btm,md->btd", h_BTM, p.down_MD)
+    h_BTM = swiglu(project(x_BTD, p.gate_DM), project(x_BTD, p.up_DM))
+    return project(h_BTM, p.down_MD)
 
 
 def moe(

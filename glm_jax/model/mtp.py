@@ -9,7 +9,7 @@ from glm_jax.config import Model
 from glm_jax.model.attention import Places
 from glm_jax.model.blocks import MoEBlock, block
 from glm_jax.model.moe import Routing
-from glm_jax.model.ops import rms_norm
+from glm_jax.model.ops import project, rms_norm
 from glm_jax.spec import declare, norm, part, weight
 
 
@@ -31,6 +31,6 @@ def mtp(cfg: Model, p: MTP, bias_E: Array, hidden_BTD: Array, next_BTD: Array, a
     u_BTU = jnp.concatenate(
         [rms_norm(next_BTD, p.embed_norm_D, cfg.norm_eps), rms_norm(hidden_BTD, p.hidden_norm_D, cfg.norm_eps)], axis=-1
     )
-    g_BTD, _, routing = block(cfg, p.block, bias_E, jnp.einsum("btu,ud->btd", u_BTU, project_UD), at)
+    g_BTD, _, routing = block(cfg, p.block, bias_E, project(u_BTU, project_UD), at)
     assert routing is not None  # its block is an MoE layer
     return rms_norm(g_BTD, p.norm_D, cfg.norm_eps), routing

@@ -1,8 +1,33 @@
 """Small pure functions that every layer uses. Arrays and numbers in, arrays out."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from pallas_kernels.choose import platform
+
+FEW_TOKENS = 32
+
+
+def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None) -> Array:
+    """x's last `ins` dimensions times a weight's first, the weight's others in their place: [B, T, D] with [D, N, H] is [B, T, N, H].
+
+    Of few tokens a CPU's time goes in reading the weight, and it reads a product's first factor once, in order, where the second
+    is copied first: there the weight comes first (and sampling holds it so that its inputs lie side by side).
+    """
+    if platform() != "cpu" or x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins]):
+        return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype)
+    outs = w.ndim - ins
+    w = jnp.moveaxis(w, range(ins), range(-ins, 0))  # as sampling holds it
+    contract = range(outs, w.ndim), range(x_BTD.ndim - ins, x_BTD.ndim)
+    x_BTD, w = (
+        z if dtype is None else z.astype(dtype) for z in (x_BTD, w)
+    )  # this back end has no product of two types
+    y = jax.lax.dot_general(w, x_BTD, (contract, ((), ())))
+    return jnp.moveaxis(y, range(outs), range(-outs, 0))
 
 
 def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:

@@ -15,7 +15,8 @@ from glm_jax.envs import get as environment
 from glm_jax.envs import guard
 from glm_jax.envs.task import Episode, Task
 from glm_jax.rl.sample import Sample
-from glm_jax.sample.engine import Completion, Sampling, Session, prepare
+from glm_jax.sample.engine import Completion, Sampling, Session
+from glm_jax.sample.weights import prepare
 from glm_jax.text.chat import DialogueError, observation_tokens, render_tokens, stop_ids
 from glm_jax.text.parse import parse_tokens
 from glm_jax.text.tokenizer import Tokenizer

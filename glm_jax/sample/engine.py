@@ -16,6 +16,7 @@ from jax import Array
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Model
 from glm_jax.sample.draw import draw, keys
+from glm_jax.sample.weights import as_declared, prepare
 
 SHARED_TOKENS = 64  # rows that begin with as many tokens alike, or more, keep these once
 STREAM_TOKENS = 8  # tokens decoded between two calls of `on_token`
@@ -74,14 +75,6 @@ class _State:
     step: Array
     ids_BO: Array
     logprobs_BO: Array
-
-
-def prepare(cfg: Model, params: model.GLM) -> model.GLM:
-    """Parameters as decoding reads them: layer by layer, in the model's dtype, without the MTP layer.
-
-    `generate` does this itself; who calls it often with the same parameters does it once and passes the result.
-    """
-    return _prepare(cfg, params)
 
 
 def generate(
@@ -244,18 +237,11 @@ def traced(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: in
 
 
 @partial(jax.jit, static_argnames=("cfg",))
-def _prepare(cfg: Model, params: model.GLM) -> model.GLM:
-    used = model.unstack(mesh.spread(params, model.specs(cfg), cfg.dtype, mesh.in_use))
-    head_DV = mesh.spread(used.head_DV, model.specs(cfg).head_DV, cfg.dtype, mesh.everywhere)
-    return dataclasses.replace(used, head_DV=head_DV, mtp=None)
-
-
-@partial(jax.jit, static_argnames=("cfg",))
 def _read_beginning(cfg: Model, params: model.GLM, router_bias_LE: Array, ids_BT: Array) -> model.Cache:
     """A full cache of the tokens, all rows the same."""
     ids_BT = mesh.constrain(ids_BT, "BT")
     cache = model.empty_cache(cfg, *ids_BT.shape, stacked=False)
-    aux = model.hidden(cfg, params, router_bias_LE, ids_BT, cache=cache)
+    aux = model.hidden(cfg, as_declared(cfg, params), router_bias_LE, ids_BT, cache=cache)
     assert aux.cache is not None  # one went in
     return aux.cache
 
@@ -280,6 +266,7 @@ def _prefill(
     rows: uids, which are alive, and the text that each one continues (None: a row for each text).
     """
     (ids_UT, lengths_U), (uids_B, alive_B, source_B) = read, rows
+    params = as_declared(cfg, params)
     ids_UT, lengths_U = mesh.constrain(ids_UT, "BT"), mesh.constrain(lengths_U, "B")
     segments_UT = (jnp.arange(ids_UT.shape[1]) < lengths_U[:, None]).astype(jnp.int32)
     aux = model.hidden(cfg, params, router_bias_LE, ids_UT, segments_BT=segments_UT, cache=cache)
@@ -320,9 +307,10 @@ def _decode(
 
     def step(state: _State) -> _State:
         alive_B1 = state.alive_B[:, None].astype(jnp.int32)  # an ended row is padding: it reads and keeps nothing
-        aux = model.hidden(cfg, params, router_bias_LE, state.token_B[:, None], segments_BT=alive_B1, cache=state.cache)
+        p = as_declared(cfg, params)
+        aux = model.hidden(cfg, p, router_bias_LE, state.token_B[:, None], segments_BT=alive_B1, cache=state.cache)
         assert aux.cache is not None  # one went in
-        return _emit(dataclasses.replace(state, cache=aux.cache), model.head(cfg, params, aux.hidden_BTD)[:, 0], rules)
+        return _emit(dataclasses.replace(state, cache=aux.cache), model.head(cfg, p, aux.hidden_BTD)[:, 0], rules)
 
     return jax.lax.while_loop(unfinished, step, state)
 

@@ -151,16 +151,15 @@ def expert_mlp(
 def _all_experts(
     x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
 ) -> Array:
-    """Every token through every expert: with few tokens the weights' way from memory is the whole cost, and this reads them once."""
-    E, D, M = gate_EDM.shape
+    """Every token through every expert: with few tokens the weights' way from memory is the whole cost, and this reads them once,
+    as a product's first factor and in order where they are held with their inputs side by side (`glm_jax.sample.weights`)."""
+    E = gate_EDM.shape[0]
     chosen_XAE = experts_XA[..., None] == jnp.arange(E)
     weight_EX = jnp.where(chosen_XAE, weights_XA[..., None].astype(F32), 0).sum(1).T
-    x_EXD = jnp.broadcast_to(
-        x_XD.astype(F32), (E, *x_XD.shape)
-    )  # batched over E, since a plain einsum transposes the weights
-    gate_EXM, up_EXM = (jnp.einsum("exd,edm->exm", x_EXD, w.astype(F32)) for w in (gate_EDM, up_EDM))
-    active_EXM = jnp.where(weight_EX[..., None] == 0, 0, jax.nn.silu(gate_EXM) * up_EXM * weight_EX[..., None])
-    return _dot(active_EXM.swapaxes(0, 1).reshape(-1, E * M), down_EMD.reshape(E * M, D), 1, 0).astype(x_XD.dtype)
+    x_EXD = jnp.broadcast_to(x_XD.astype(F32), (E, *x_XD.shape))
+    gate_EMX, up_EMX = (jnp.einsum("emd,exd->emx", w.swapaxes(1, 2).astype(F32), x_EXD) for w in (gate_EDM, up_EDM))
+    active_EMX = jnp.where(weight_EX[:, None] == 0, 0, jax.nn.silu(gate_EMX) * up_EMX * weight_EX[:, None])
+    return jnp.einsum("edm,emx->edx", down_EMD.swapaxes(1, 2).astype(F32), active_EMX).sum(0).T.astype(x_XD.dtype)
 
 
 def expert_mlp_grad(

@@ -28,7 +28,8 @@ def on(sizes: tuple[int, int, int]):
     from glm_jax import config, losses, mesh, model
     from glm_jax.optim import optimizer
     from glm_jax.sample import engine
-    from glm_jax.sample.engine import Sampling, Session, prepare
+    from glm_jax.sample.engine import Sampling, Session
+    from glm_jax.sample.weights import prepare
     from glm_jax.train import state
     from glm_jax.train.step import Knobs, train_step
 
