@@ -101,7 +101,7 @@ if __name__ == "__main__":
         from glm_jax.parallel import expert, homes
 
         one = trained(Mesh(fsdp=1))
-        expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 64, 2**12  # chunks of tokens, and of matrices
+        expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 16, 2**12  # chunks of tokens, and of matrices
         check_meshes(SOME, one)
         check_meshes([Mesh(fsdp=2, expert=4)], one, replace(CFG, dispatch="ragged"))
     if sys.argv[1] == "balance":
