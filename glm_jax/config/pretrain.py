@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Literal
+from typing import Literal, get_args
 
-from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, divides, require
+from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, divides, nearest, require
 
 DType = Literal["float32", "bfloat16", "float16"]
+Dispatch = Literal["gather", "ragged"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,16 @@ class Model:
     # what a layer keeps for its backward pass: all of it; what enters it; the same in the host's memory
     remat: Literal["none", "layer", "offload"] = "layer"
     implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
+    # how tokens come to experts of other devices: all to all devices, or each to those of its experts; None: the better
+    dispatch: Dispatch | None = field(default=None, metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
         for letter in "VDLNKHFMEA":
             require(getattr(self, letter) >= 1, f"{letter}={getattr(self, letter)} must be at least 1")
+        require(
+            self.dispatch in (*get_args(Dispatch), None),
+            f"dispatch={self.dispatch!r}: {nearest(str(self.dispatch), list(get_args(Dispatch)))}; None takes the better for the mesh",
+        )
         divides("K", self.K, "N", self.N)
         require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
         require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")

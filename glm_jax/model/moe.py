@@ -65,7 +65,7 @@ def moe(
     scores_BTE = routing.scores(x_BTD, p.router_DE)
     experts_BTA, chosen_BTE, weights_BTA = choose(cfg, scores_BTE, bias_E, given_BTA)
     y_BTD = routed_experts(
-        x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD, implementation=cfg.implementation
+        x_BTD, experts_BTA, weights_BTA, p.gate_EDM, p.up_EDM, p.down_EMD, cfg.implementation, cfg.dispatch
     )
     if p.shared is not None:
         y_BTD = y_BTD + shared(p.shared, x_BTD)

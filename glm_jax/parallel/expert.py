@@ -1,7 +1,7 @@
-"""Expert dispatch, dropless: all-gather, local route, grouped matmul, reduce-scatter, inside one shard_map.
+"""The experts of a layer, dropless, on the devices that have them, inside one shard_map.
 
-Every device holds E/expert experts. It gathers the tokens of its expert axis, runs those of their choices that are
-its own, and the sums go back to where the tokens came from. Perfectly balanced whatever the router does.
+Every device holds E/expert experts. How their tokens come to them and the sums back is a strategy's affair, of two with one
+signature: `gather`, and for a wide expert axis `ragged`.
 
 Tokens go in chunks, so that one chunk's rows are few; a device has room for a quarter more of them than it has on average, and
 takes a second pass over its experts where it is sent more.
@@ -9,7 +9,7 @@ takes a second pass over its experts where it is sent more.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,15 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from glm_jax import mesh
+from glm_jax.parallel import exchange, gather, ragged
+from glm_jax.parallel.products import ROOM, Layer, Products, Tokens
 from pallas_kernels.choose import platform
-from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_grad
 
-Layer = tuple[Array, Array, Array]  # gate_EDM, up_EDM, down_EMD
-Tokens = tuple[Array, Array, Array]  # x_XD, experts_XA, weights_XA; of many chunks [chunks, X, ...]
-
-# Of a chunk on a device, balanced, and how many times as many there is room for. On a CPU they are never stored.
+STRATEGIES = {"gather": gather, "ragged": ragged}
+# Of a chunk on a device, balanced. On a CPU they are never stored.
 ROUTED_ROWS = {"cpu": 2**24, "tpu": 2**13, "gpu": 2**15}
-ROOM = 1.25
-
-
-class Products(NamedTuple):
-    """How the kernels compute: see `expert_mlp`."""
-
-    at_once: int
-    implementation: str | None
+RAGGED_ABOVE = 8  # devices of the expert axis: with fewer, gathered tokens are hardly more, and never unbalanced
+FEW = 256  # tokens of a device, which cost no more than a message: a sampler's
 
 
 def routed_experts(
@@ -43,18 +36,26 @@ def routed_experts(
     up_EDM: Array,
     down_EMD: Array,
     implementation: str | None = None,
+    dispatch: str | None = None,
 ) -> Array:
     """y_BTD = sum over a token's chosen experts of weight * down(silu(gate x) * up x)."""
-    layer = gate_EDM, up_EDM, down_EMD
+    layer, how = (gate_EDM, up_EDM, down_EMD), (implementation, dispatch)
     if not mesh.active():
-        return _local(implementation, (), x_BTD, experts_BTA, weights_BTA, *layer)
+        return _local(how, (), x_BTD, experts_BTA, weights_BTA, *layer)
     tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
-    local = jax.shard_map(partial(_local, implementation, layouts), in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
+    local = jax.shard_map(partial(_local, how, layouts), in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
     return local(x_BTD, experts_BTA, weights_BTA, *layer)
 
 
+def strategy(dispatch: str | None, tokens: int, expert_axis: int, where: str) -> ModuleType:
+    """The one that `dispatch` names, or the better one for so many tokens of a device. Where there is no other device to send
+    to, all are the same."""
+    wide = expert_axis > RAGGED_ABOVE and tokens > FEW and where in exchange.PLATFORMS
+    return STRATEGIES[dispatch or ("ragged" if wide else "gather")] if expert_axis > 1 else gather
+
+
 def _local(
-    implementation: str | None,
+    how: tuple[str | None, str | None],
     layouts: tuple[P, ...],
     x_BTD: Array,
     experts_BTA: Array,
@@ -68,38 +69,37 @@ def _local(
         gate_EDM, up_EDM, down_EMD = (_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
     x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
-    chunks, room = pieces(len(x_XD), experts_XA.shape[-1], mesh.axis_size(mesh.EXPERT), platform())
-    products = Products(room, implementation)
-    if chunks == 1:
-        return _chunk(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
+    (implementation, dispatch), axis = how, mesh.axis_size(mesh.EXPERT)
+    chunks, room = pieces(len(x_XD), experts_XA.shape[-1], axis, platform())
+    products, by = Products(room, implementation), strategy(dispatch, len(x_XD), axis, platform())
+    if chunks == 1 and by is gather:  # which jax differentiates, with more kept
+        return by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
     x_CXD, experts_CXA, weights_CXA = (z.reshape(chunks, -1, z.shape[-1]) for z in (x_XD, experts_XA, weights_XA))
-    y_CXD: Array = _in_turn(products, layer, (x_CXD, experts_CXA, weights_CXA))
+    y_CXD: Array = _in_turn(by, products, layer, (x_CXD, experts_CXA, weights_CXA))
     return y_CXD.reshape(x_BTD.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(products: Products, layer: Layer, chunks: Tokens) -> Array:
-    """One chunk after the other. For the backward pass a chunk keeps its tokens alone: what it gathers is as large as all
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_turn(by: ModuleType, products: Products, layer: Layer, chunks: Tokens) -> Array:
+    """One chunk after the other. For the backward pass a chunk keeps its tokens alone: what it receives is as large as all
     chunks' tokens together. The layer's gradients are added up in one place, by the products themselves."""
-    return jax.lax.map(partial(_chunk, products, layer), chunks)
+    return jax.lax.map(partial(by.forward, products, layer), chunks)
 
 
-def _in_turn_forward(products: Products, layer: Layer, chunks: Tokens) -> tuple[Array, tuple[Layer, Tokens]]:
-    return _in_turn(products, layer, chunks), (layer, chunks)
+def _in_turn_forward(
+    by: ModuleType, products: Products, layer: Layer, chunks: Tokens
+) -> tuple[Array, tuple[Layer, Tokens]]:
+    return _in_turn(by, products, layer, chunks), (layer, chunks)
 
 
 def _in_turn_backward(
-    products: Products, saved: tuple[Layer, Tokens], dy_CXD: Array
+    by: ModuleType, products: Products, saved: tuple[Layer, Tokens], dy_CXD: Array
 ) -> tuple[Layer, tuple[Array, None, Array]]:
     layer, chunks = saved
 
     def chunk(sums: Layer, of_chunk: tuple[Tokens, Array]) -> tuple[Layer, tuple[Array, Array]]:
-        tokens, dy_XD = of_chunk
-        x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
-        options = products._asdict()
-        found = expert_mlp_grad(x_XD, layer, experts_XA, weights_XA, mesh.gathered(dy_XD), sums, **options)
-        dx_XD, dweights_XA, sums = found
-        return sums, (mesh.scattered(dx_XD), mesh.scattered(dweights_XA))
+        dx_XD, dweights_XA, sums = by.backward(products, layer, *of_chunk, sums)
+        return sums, (dx_XD, dweights_XA)
 
     dlayer, (dx_CXD, dweights_CXA) = jax.lax.scan(chunk, jax.tree.map(jnp.zeros_like, layer), (chunks, dy_CXD))
     return dlayer, (dx_CXD, None, dweights_CXA)
@@ -126,16 +126,3 @@ def pieces(tokens: int, choices: int, expert_axis: int, where: str) -> tuple[int
     chunks = next(n for n in range(least, tokens + 1) if tokens % n == 0)
     balanced = tokens * choices // chunks
     return chunks, math.ceil(balanced * min(ROOM, expert_axis))
-
-
-def _chunk(products: Products, layer: Layer, tokens: Tokens) -> Array:
-    x_XD, experts_XA, weights_XA = _gathered(layer, tokens)
-    return mesh.scattered(expert_mlp(x_XD, *layer, experts_XA, weights_XA, **products._asdict()))
-
-
-def _gathered(layer: Layer, tokens: Tokens) -> Tokens:
-    """The tokens of the expert axis; of their choices those of experts elsewhere fall outside 0..E-1."""
-    if not mesh.active():
-        return tokens
-    x_XD, experts_XA, weights_XA = map(mesh.gathered, tokens)
-    return x_XD, experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(layer[0]), weights_XA

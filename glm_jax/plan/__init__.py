@@ -6,7 +6,8 @@ compiler in minutes.
     figures = plan(step, machine, tell=print)
 
 Bytes and operations are of one device and one step. The roofline bounds: no step takes less than the largest of its times
-for compute, memory and network, and none that overlaps nothing less than their sum.
+for compute, memory and network, and none that overlaps nothing less than their sum. What depends on the router is counted as if
+it were balanced: the rows of a grouped product, and those that a ragged all-to-all carries.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from typing import Any
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Run, replace
 from glm_jax.config import Mesh as Sizes
+from glm_jax.parallel import ragged
 from glm_jax.parallel.expert import pieces
 from glm_jax.plan import analytic, sampling
 from glm_jax.plan.analytic import SAMPLING, Work
-from glm_jax.plan.hlo import Collective, Program
+from glm_jax.plan.hlo import RAGGED, Collective, Program
 from glm_jax.plan.target import GIB, Target, names, target
 from glm_jax.spec import count
 
@@ -80,6 +82,13 @@ def arithmetic(work: Work) -> Any:
     return sampling if work.step in ("sample", *SAMPLING) else analytic
 
 
+def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> float:
+    """For the bytes of each "axis kind" that a device receives. A ragged all-to-all's take up every link that they cross, while of
+    gathered rows each link that they cross leads to a device that wants them."""
+    crossed = machine.crossed(work.axes[mesh.EXPERT])
+    return sum(size * (crossed if RAGGED in key else 1) for key, size in traffic.items()) / machine.link_bandwidth
+
+
 def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
     from glm_jax.plan.program import compile_step
 
@@ -88,13 +97,13 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     program = Program(compiled.text)
     operations = by.operations(work)
     counted = {**program.flops, **(compiled.kernels if machine.gpu else {})}
-    room, real = _routed(work, machine)
+    chunk, room, real = _routed(work, machine)
     flops = sum(n * (real if _grouped(name) else 1) for name, n in counted.items())
-    collectives = _collectives(work, program.collectives)
+    collectives = _collectives(work, program.collectives, _sent(work, chunk))
     seconds = {
         "compute": flops / machine.chip.flops,
         "memory": program.bytes_moved / machine.chip.bandwidth,
-        "network": sum(row["bytes"] for row in collectives.values()) / machine.link_bandwidth,
+        "network": network_seconds(work, machine, {key: row["bytes"] for key, row in collectives.items()}),
     }
     useful = operations["model"] / machine.chip.flops
     used = compiled.argument_bytes + compiled.result_bytes + compiled.peak_bytes
@@ -139,25 +148,32 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     }
 
 
-def _routed(work: Work, machine: Target) -> tuple[int, float]:
-    """For how many routed rows there is room, and the share of them that is real, balanced."""
+def _routed(work: Work, machine: Target) -> tuple[int, int, float]:
+    """Tokens of a chunk, for how many of its routed rows there is room, and the share of them that is real, balanced."""
     tokens, choices = max(1, round(work.tokens)), work.run.model.A
     chunks, room = pieces(tokens, choices, work.axes[mesh.EXPERT], "gpu" if machine.gpu else "tpu")
-    return room, tokens * choices / (chunks * room)
+    return tokens // chunks, room, tokens * choices / (chunks * room)
+
+
+def _sent(work: Work, chunk: int) -> float:
+    """The share of the rows that a ragged exchange could carry that it does carry, balanced."""
+    of_axis = work.run.model.A, work.run.model.E, work.axes[mesh.EXPERT]
+    return ragged.balanced(chunk, *of_axis) / min(ragged.rows(chunk, *of_axis))
 
 
 def _grouped(kernel: str) -> bool:
     return any(name in kernel for name in GROUPED)
 
 
-def _collectives(work: Work, found: list[Collective]) -> dict[str, dict[str, float]]:
-    """Bytes of each "axis kind" that a device receives in a step, beside the least."""
+def _collectives(work: Work, found: list[Collective], sent: float) -> dict[str, dict[str, float]]:
+    """Bytes of each "axis kind" that a device receives in a step, beside the least; of a ragged exchange the share `sent`."""
     names, sizes = list(work.axes), list(work.axes.values())
     received: dict[str, float] = defaultdict(float)
     for one in found:
         places = [_place(device, sizes) for device in one.devices]
         axes = [name for d, name in enumerate(names) if len({place[d] for place in places}) > 1]
-        received[f"{'+'.join(axes)} {one.kind}".strip()] += one.bytes * one.times
+        real = sent if one.kind == RAGGED else 1
+        received[f"{'+'.join(axes)} {one.kind}".strip()] += one.bytes * one.times * real
     least = arithmetic(work).traffic(work)
     return {key: {"bytes": received[key], "minimum": least.get(key, 0.0)} for key in sorted({*received, *least})}
 

@@ -14,7 +14,10 @@ from glm_jax.config import Mesh as Sizes
 from glm_jax.config import Optim, Run
 from glm_jax.model import counts
 from glm_jax.optim import owner
+from glm_jax.parallel import ragged
+from glm_jax.parallel.expert import strategy
 from glm_jax.parallel.homes import Kind, share
+from glm_jax.plan.hlo import RAGGED
 from glm_jax.spec import Spec, leaves
 from pallas_kernels import newton_schulz
 
@@ -173,14 +176,23 @@ def _keys_to_queries(now: Work) -> Iterator[Transfer]:
 
 
 def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
-    """Of every MoE layer: tokens, choices and weights gathered (and once more for the backward pass), sums scattered; the
-    gradients of the sums gathered, those of tokens and weights scattered."""
-    cfg = now.run.model
-    everybodys = now.tokens * now.axes[mesh.EXPERT] * (cfg.moe_layers + now.mtp_layers)
-    x, choices, weights = (everybodys * size for size in (cfg.D * itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
+    """Of every MoE layer: tokens, choices and weights to where the experts are (and once more for the backward pass), sums
+    back; the gradients of the sums there, those of tokens and weights back."""
+    cfg, layers = now.run.model, now.run.model.moe_layers + now.mtp_layers
+    there, back, rows = dispatched(now, now.tokens)
+    x, choices, weights = (layers * rows * size for size in (cfg.D * itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
     passes = 2 if cfg.remat != "none" else 1
-    yield (mesh.EXPERT,), "all-gather", passes * (x + choices + weights) + x
-    yield (mesh.EXPERT,), "reduce-scatter", 2 * x + weights
+    yield (mesh.EXPERT,), there, passes * (x + choices + weights) + x
+    yield (mesh.EXPERT,), back, 2 * x + weights
+
+
+def dispatched(now: Work, tokens: float) -> tuple[str, str, float]:
+    """How so many tokens of a device travel to experts and back, and the rows that a device has then, its own among them: if
+    ragged, with choices that are all as likely. On a chip, whichever."""
+    cfg, devices = now.run.model, now.axes[mesh.EXPERT]
+    if strategy(cfg.dispatch, round(tokens), devices, "tpu") is ragged:
+        return RAGGED, RAGGED, ragged.balanced(tokens, cfg.A, cfg.E, devices)
+    return "all-gather", "reduce-scatter", tokens * devices
 
 
 def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:

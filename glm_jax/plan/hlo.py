@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+RAGGED = "ragged-all-to-all"
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", RAGGED)
 NO_TRAFFIC = {  # with memory: names for what lies there already
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "copy-start", "async-start", "async-update", "async-done", "opt-barrier",
@@ -80,7 +81,7 @@ class Op:
 class Collective:
     kind: str
     devices: tuple[int, ...]  # of one group, as positions in the mesh
-    bytes: float  # that each device receives, every time it runs
+    bytes: float  # that each device receives, every time it runs; if ragged, the most that there is room for
     times: int
 
 
@@ -183,8 +184,10 @@ class Program:
         for where, op, times in self.ops(inlined=True):
             kind = op.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                operands = sum(shape.bytes for shape in where.operand_shapes(op))
-                group = _group(op)
+                shapes, group = [shape.bytes for shape in where.operand_shapes(op)], _group(op)
+                operands = (
+                    sum(shapes) if kind != RAGGED else min(shapes[:2])
+                )  # no more than where from and where to have
                 if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # as TPU's compiler writes it: a fusion that keeps a slice of the sum
                 found.append(Collective(kind, group, operands * _received(kind, len(group)), times))

@@ -10,7 +10,7 @@ from typing import Any
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError
 from glm_jax.model import counts
-from glm_jax.plan.analytic import BF16, FLOAT32, Transfer, Work, itemsize, received
+from glm_jax.plan.analytic import BF16, FLOAT32, Transfer, Work, dispatched, itemsize, received
 from glm_jax.spec import Spec, leaves
 
 INT32 = 4
@@ -104,14 +104,15 @@ def traffic(now: Work) -> dict[str, float]:
 
 
 def _transfers(now: Work) -> Iterator[Transfer]:
-    """Of every MoE layer tokens, choices and weights gathered, sums scattered; of the embedding ids and rows."""
+    """Of every MoE layer tokens, choices and weights to the experts, sums back; of the embedding ids and rows."""
     cfg = now.run.model
-    tokens = now.rows * (1 if now.step == "decode" else now.prompt)
-    everybodys = tokens / now.devices * now.axes[mesh.EXPERT]
-    x = everybodys * cfg.D * itemsize(now)
-    choices = everybodys * cfg.A * (INT32 + FLOAT32)
-    yield (mesh.EXPERT,), "all-gather", cfg.moe_layers * (x + choices) + everybodys * INT32
-    yield (mesh.EXPERT,), "reduce-scatter", (cfg.moe_layers + 1) * x
+    tokens = now.rows * (1 if now.step == "decode" else now.prompt) / now.devices
+    there, back, rows = dispatched(now, tokens)
+    width, everybodys = cfg.D * itemsize(now), tokens * now.axes[mesh.EXPERT]
+    yield (mesh.EXPERT,), there, cfg.moe_layers * rows * (width + cfg.A * (INT32 + FLOAT32))
+    yield (mesh.EXPERT,), back, cfg.moe_layers * rows * width
+    yield (mesh.EXPERT,), "all-gather", everybodys * INT32
+    yield (mesh.EXPERT,), "reduce-scatter", everybodys * width
 
 
 def _bytes(now: Work, name: str, spec: Spec) -> float:

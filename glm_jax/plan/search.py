@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from glm_jax import mesh
 from glm_jax.config import ConfigError, Run
 from glm_jax.config import Mesh as Sizes
-from glm_jax.plan import arithmetic, laid_out, sampling
+from glm_jax.plan import arithmetic, laid_out, network_seconds, sampling
 from glm_jax.plan.analytic import SAMPLING, Work
 from glm_jax.plan.target import GIB, Target
 
@@ -73,7 +73,7 @@ def seconds(work: Work, machine: Target) -> dict[str, float]:
     return {
         "compute": sum(by.operations(work).values()) / machine.chip.flops,
         "memory": held / machine.chip.bandwidth,
-        "network": sum(by.traffic(work).values()) / machine.link_bandwidth,
+        "network": network_seconds(work, machine, by.traffic(work)),
     }
 
 

@@ -54,6 +54,12 @@ class Target:
         """Devices, of all slices."""
         return self.slices * math.prod(self.sides) * DEVICES_PER_CHIP.get(self.kind, 1)
 
+    def crossed(self, devices: int) -> float:
+        """Links that a row crosses on its way from one of so many devices to another that it alone is meant for: on average, in a
+        part of the torus as near to a cube as can be; one where they are switched."""
+        ways = FLAT.get(self.kind, 3)
+        return 1.0 if self.gpu else max(1.0, ways * devices ** (1 / ways) / 4)
+
     @cached_property
     def devices(self) -> list[Any]:
         """As jax describes them; the chip's compiler must be installed, the chip need not be here."""

@@ -61,7 +61,9 @@ def start() -> state.State:
     return state.create(CFG, TX, 0)
 
 
-def train(now: state.State, steps: int = STEPS, bias_rate: float = 0.0) -> tuple[state.State, list[float], np.ndarray]:
+def train(
+    now: state.State, steps: int = STEPS, bias_rate: float = 0.0, cfg: config.Model = CFG
+) -> tuple[state.State, list[float], np.ndarray]:
     """After `steps` of Muon without warm-up on the mesh that is set: the state, losses, and expert counts of each step.
     Of several processes each gives its share of the rows."""
     index, count = mesh.process_share(jax.sharding.get_mesh(), ROWS)
@@ -70,7 +72,7 @@ def train(now: state.State, steps: int = STEPS, bias_rate: float = 0.0) -> tuple
     knobs = Knobs(*np.float32([1e-2, 0.3, bias_rate]), microbatches=np.int32(MICROBATCHES))
     losses, loads = [], []
     for _ in range(steps):
-        now, told = train_step(now, batch, knobs, cfg=CFG, tx=TX, sequence_balance=1e-4)
+        now, told = train_step(now, batch, knobs, cfg=cfg, tx=TX, sequence_balance=1e-4)
         losses.append(float(told["loss"] + 0.3 * told["mtp_loss"]))
         loads.append(np.asarray(told["load_LE"]))
     return now, losses, np.stack(loads)

@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from sharded_training import STEPS, check_weights, make, meshes, start, train, weights
+from sharded_training import CFG, STEPS, check_weights, make, meshes, start, train, weights
 
-from glm_jax.config import Mesh
+from glm_jax.config import Mesh, Model, replace
 
 SOME = (Mesh(data=2, fsdp=2, expert=2), Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=1, expert=2, context=4))
 SAVED_ON = Mesh(fsdp=4, expert=2)
@@ -28,18 +28,18 @@ def test_eight_devices_train_as_one(what):
     assert done.returncode == 0, done.stderr
 
 
-def trained(sizes: Mesh, bias_rate: float = 0.0):
+def trained(sizes: Mesh, bias_rate: float = 0.0, cfg: Model = CFG):
     """(losses, expert counts, weights) of all steps on a mesh."""
     with jax.set_mesh(make(sizes)):
-        now, losses, loads = train(start(), bias_rate=bias_rate)
+        now, losses, loads = train(start(), bias_rate=bias_rate, cfg=cfg)
         return losses, loads, weights(now)
 
 
-def check_meshes(sizes_of_meshes, one) -> None:
+def check_meshes(sizes_of_meshes, one, cfg: Model = CFG) -> None:
     """float32 sums in another order: losses to 1e-5, weights to 1e-3 of their root mean square."""
     losses, loads, want = one
     for sizes in sizes_of_meshes:
-        got_losses, got_loads, got = trained(sizes)
+        got_losses, got_loads, got = trained(sizes, cfg=cfg)
         np.testing.assert_allclose(got_losses, losses, rtol=1e-5, err_msg=str(sizes))
         np.testing.assert_array_equal(got_loads[0], loads[0], err_msg=str(sizes))
         error = check_weights(got, want, 1e-3, sizes)
@@ -65,7 +65,7 @@ def check_balance(bias_rate: float = 1e-2) -> None:
 
 def check_checkpoints(folder: Path) -> None:
     """Half of the steps on one mesh, the other half on another, all of the state or the parameters alone being read."""
-    from sharded_training import CFG, TX
+    from sharded_training import TX
 
     from glm_jax.train import state
     from glm_jax.train.checkpoint import Checkpoints
@@ -101,8 +101,9 @@ if __name__ == "__main__":
         from glm_jax.parallel import expert, homes
 
         one = trained(Mesh(fsdp=1))
-        expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 64, 2**12  # chunks of tokens, and of matrices
+        expert.ROUTED_ROWS["cpu"], homes.CHUNK_BYTES = 16, 2**12  # chunks of tokens, and of matrices
         check_meshes(SOME, one)
+        check_meshes([Mesh(fsdp=2, expert=4)], one, replace(CFG, dispatch="ragged"))
     if sys.argv[1] == "balance":
         check_balance()
     if sys.argv[1] == "checkpoints":

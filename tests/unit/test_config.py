@@ -101,6 +101,7 @@ def test_a_fingerprint_knows_the_class():
         ({"pretrain.0.mixture": {"code": -1.0}}, ("stage1", "-1.0", ">= 0")),
         ({"pretrain.1.name": "stage1"}, ("stage1", "must differ")),
         ({"mesh.data": -1}, ("-1", "at most one")),
+        ({"model.dispatch": "raged"}, ("dispatch='raged'", "did you mean 'ragged'", "None")),
         ({"data.held_out": 0.5}, ("held_out=0.5", "(0, 0.5)")),
     ],
 )

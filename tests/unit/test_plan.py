@@ -189,6 +189,40 @@ def test_experts_are_gathered_along_fsdp_alone():
     assert not [key for key in found if key.startswith("data")]
 
 
+def test_over_a_wide_expert_axis_tokens_go_where_their_experts_are():
+    sizes, tokens = Mesh(fsdp=32, expert=16), 90 * 4096
+    by = {
+        dispatch: analytic.traffic(plan.check(replace(GLM45, **{"model.dispatch": dispatch}), POD, sizes, 512, 4096))
+        for dispatch in ("gather", "ragged", None)
+    }
+    assert by[None] == by["ragged"]
+    assert "expert ragged-all-to-all" not in by["gather"]
+    less = sum(by["gather"].values()) - sum(by["ragged"].values())
+    assert less == pytest.approx(tokens * (15 - 6.1565) * (5 * 5120 * 2 + 5 * 8 * 4), rel=1e-3)
+
+
+def test_a_row_of_a_ragged_exchange_crosses_several_links_of_a_torus():
+    work = plan.check(GLM45, POD, Mesh(fsdp=32, expert=16), 512, 4096)
+    assert [round(POD.crossed(n), 2) for n in (8, 16, 64)] == [1.5, 1.89, 3]  # a quarter of each side of a cube
+    assert plan.target("v6e:16x16").crossed(16) == 2
+    assert plan.target("h200:1x2x8").crossed(16) == 1  # switched
+    ragged, gathered = (
+        plan.network_seconds(work, POD, {f"expert {kind}": 600e9}) for kind in ("ragged-all-to-all", "all-gather")
+    )
+    assert (ragged, gathered) == (POD.crossed(16), 1)
+
+
+def test_a_ragged_exchange_carries_what_either_side_has_room_for():
+    call = (
+        "%whole = bf16[16,16]{1,0} ragged-all-to-all(%w, %x, %n, %n, %n, /*index=5*/%n), channel_id=1, "
+        "replica_groups={{0,1,2,3}}"
+    )
+    line = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
+    (one, _) = Program(PROGRAM.replace(line, "  " + call)).collectives
+    assert (one.kind, one.devices, one.times) == ("ragged-all-to-all", (0, 1, 2, 3), 5)
+    assert one.bytes == 3 / 4 * min(8 * 16 * 2, 4 * 16 * 4)
+
+
 def test_keys_of_long_rows_are_gathered_along_context():
     sizes = Mesh(fsdp=8, expert=8, context=8)
     whole, half = (plan.check(GLM45, POD, sizes, 64, length) for length in (131_072, 65_536))

@@ -76,9 +76,11 @@ def test_a_turn_is_a_prefill_and_a_token_after_the_other():
         weights = tokens * counts.active(cfg) + logits * cfg.V * cfg.D
         attention = tokens * attended * 2 * 92 * 96 * 128
         assert sampling.operations(by[name])["model"] == pytest.approx(2 * (weights + attention), rel=1e-3)
-    one, whole = (sampling.traffic(by[name])["expert all-gather"] for name in ("decode", "prefill"))
-    assert whole == pytest.approx(4096 * one)
-    assert one == pytest.approx(31 * (89 * (5120 * 2 + 8 * 8) + 4))  # what 31 other devices' tokens bring
+    there, back = 89 * (5120 * 2 + 8 * 8), 89 * 5120 * 2
+    one, whole = (sampling.traffic(by[name]) for name in ("decode", "prefill"))
+    assert one["expert all-gather"] == pytest.approx(31 * (there + 4))  # what 31 other devices' tokens bring
+    assert whole["expert all-gather"] == pytest.approx(4096 * 31 * 4)  # ids alone: a token goes to 7.1 of them
+    assert whole["expert ragged-all-to-all"] == pytest.approx(4096 * 7.0931 * (there + back), rel=1e-4)
 
 
 def test_programs_add_up_to_a_turn():

@@ -9,7 +9,7 @@ import pytest
 from experiments import plan as script
 from experiments import plan_search, recipes
 from glm_jax import mesh, plan
-from glm_jax.config import ConfigError
+from glm_jax.config import ConfigError, replace
 from glm_jax.plan.search import meshes, search, seconds, told
 
 GLM45 = recipes.get("glm45")
@@ -26,7 +26,9 @@ def test_every_mesh_that_divides_the_devices_once():
 def test_the_best_mesh_by_arithmetic_is_one_that_nothing_beats():
     pod = plan.target("v5p:8x8x8")
     found = search(GLM45, pod, 512, 4096, "train")
-    assert told(found.candidates[0].work.axes) == "fsdp=64,expert=8"
+    assert told(found.candidates[0].work.axes) == "fsdp=32,expert=16"
+    gathered = replace(GLM45, **{"model.dispatch": "gather"})
+    assert told(search(gathered, pod, 512, 4096, "train").candidates[0].work.axes) == "fsdp=64,expert=8"
     assert len(found.candidates) + len(found.refused) + len(found.too_large) == 220  # nine factors of 2 in four places
     assert "E=160 cannot be split over expert axis of 64" in found.refused["fsdp=8,expert=64"]
     assert all(gib > 95 for gib in found.too_large.values())
@@ -53,10 +55,10 @@ def test_where_nothing_fits_the_smallest_need_is_told():
 
 def write_plan(name: str, out) -> None:
     """What a plan of this mesh would write: the first one's compiler dies, and the next one does not fit."""
-    if name == "fsdp=64,expert=8":
+    if name == "fsdp=32,expert=16":
         raise SystemExit(3)
     plan = {"roofline_s": {"compute": 2.0, "memory": 1.0, "network": 1.0}, "mfu_bound": 0.5}
-    fits = name != "fsdp=32,context=2,expert=8"
+    fits = name != "data=2,fsdp=16,expert=16"
     out.write_text(json.dumps(plan | {"held_gib": 15.0, "fits": fits}))
 
 
@@ -65,7 +67,7 @@ def test_the_compiler_has_the_last_word(capsys):
     found = plan_search.search(GLM45, plan.target("v5p:8x8x8"), (512, 4096), "train", 1, write_plan)
     ranked = found["ranked"]
     assert [one.get("fits") for one in ranked] == [True, False, None]
-    assert ranked[1]["mesh_told"] == "fsdp=32,context=2,expert=8"
+    assert ranked[1]["mesh_told"] == "data=2,fsdp=16,expert=16"
     assert ranked[2]["error"].startswith("not compiled: its process ended with 3")
     text = capsys.readouterr().out
     assert "144 meshes of 512 devices fit by arithmetic, 56 do not, 20 cannot be laid out" in text
