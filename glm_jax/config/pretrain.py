@@ -40,6 +40,8 @@ class Model:
     # what a layer keeps for its backward pass: all of it; what enters it; the same in the host's memory
     remat: Literal["none", "layer", "offload"] = "layer"
     implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
+    # with mesh.pipeline: parts of a microbatch's rows that follow each other through the stages, for each stage
+    microbatches_per_stage: int = field(default=4, metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
         for letter in "VDLNKHFMEA":
@@ -52,6 +54,10 @@ class Model:
             f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
         )
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
+        require(
+            self.microbatches_per_stage >= 1,
+            f"microbatches_per_stage={self.microbatches_per_stage} must be at least 1",
+        )
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
             0 <= self.rotary + self.rotary % 2 <= self.H,
@@ -280,9 +286,10 @@ class Mesh:
     fsdp: int = -1
     expert: int = 1
     context: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a row of tokens
+    pipeline: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # stages, each with its share of the MoE layers
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.expert, self.context)
+        sizes = (self.data, self.fsdp, self.expert, self.context, self.pipeline)
         require(
             all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh {sizes}: sizes are positive, at most one is -1",
