@@ -202,20 +202,17 @@ def _pipelined(
 ) -> tuple[Array, Routing]:
     """MoE layers, the first `depth` of them shared among the stages; the others as one stage."""
 
-    def step(x_BTD, layer, at):
-        x_BTD = checkpoint_name(x_BTD, RESIDUAL)
-        x_BTD, _, routing = block(cfg, *layer, x_BTD, at)
+    def layer(x_BTD, p, at):
+        x_BTD, _, routing = block(cfg, *p, x_BTD, at)
         sums = routing.load_E, routing.balance * real_rows(at.segments_BT > 0)
         return x_BTD, (sums, routing.experts_BTA)
 
-    if cfg.remat != "none":
-        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[cfg.remat])
     staged, rest = (jax.tree.map(lambda z: z[some], (stack, bias_LE)) for some in (slice(depth), slice(depth, None)))
     layers = (
         mesh.spread(staged[0], specs(cfg).moe, cfg.dtype, mesh.in_stages),
         mesh.spread(staged[1], router_bias_spec(cfg), jnp.float32, mesh.in_stages),
     )
-    x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(step, layers, x_BTD, at, cfg.microbatches_per_stage)
+    x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(layer, layers, x_BTD, at, cfg.microbatches_per_stage)
     balance_L = balance_L / jnp.maximum(real_rows(at.segments_BT > 0), 1)
     routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
     if depth == cfg.moe_layers:
