@@ -248,12 +248,13 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
     device until the transposed gather scatters it. One axis at a time, the innermost first: of several at once TPU's compiler makes
-    an all-reduce, for twice the bytes.
+    an all-reduce, for twice the bytes. In a stage of a pipeline jax has no `reduced`: there a gradient is summed on every device
+    before it is split, unless the compiler makes one of the two.
     """
     here = jax.typeof(w).sharding.spec.partitions
     steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
     over = {axis for _, axis in steps}
-    if in_stage() or all(axis_size(axis) == 1 for axis in over):  # jax has no `reduced` inside a shard_map over some axes
+    if in_stage() or all(axis_size(axis) == 1 for axis in over):
         return jax.sharding.reshard(w, there)
     equal = [axis for axis in AXES if axis not in axes_of(there)]
 

@@ -149,9 +149,7 @@ def hidden(  # noqa: PLR0913 (as forward)
     if depth:
         x_BTD, routing = _pipelined(cfg, params.moe, bias_LE, x_BTD, at, depth)
     else:
-        x_BTD, cache, routing = _layers(
-            cfg, params.moe, bias_LE, x_BTD, at, cache, cfg.dense_layers, given_LBTA
-        )
+        x_BTD, cache, routing = _layers(cfg, params.moe, bias_LE, x_BTD, at, cache, cfg.dense_layers, given_LBTA)
     if routing is None:
         experts_LBTA = mesh.constrain(jnp.zeros((0, *ids_BT.shape, cfg.A), jnp.int32), "LBTA")
     else:
@@ -197,9 +195,7 @@ def unstack(params: GLM) -> GLM:
     return dataclasses.replace(params, dense=split(params.dense), moe=split(params.moe))
 
 
-def _pipelined(
-    cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places, depth: int
-) -> tuple[Array, Routing]:
+def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places, depth: int) -> tuple[Array, Routing]:
     """MoE layers, the first `depth` of them shared among the stages; the others as one stage."""
 
     def layer(x_BTD, p, at):
@@ -207,12 +203,14 @@ def _pipelined(
         sums = routing.load_E, routing.balance * real_rows(at.segments_BT > 0)
         return x_BTD, (sums, routing.experts_BTA)
 
-    staged, rest = (jax.tree.map(lambda z: z[some], (stack, bias_LE)) for some in (slice(depth), slice(depth, None)))
+    staged, rest = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
     layers = (
         mesh.spread(staged[0], specs(cfg).moe, cfg.dtype, mesh.in_stages),
         mesh.spread(staged[1], router_bias_spec(cfg), jnp.float32, mesh.in_stages),
     )
-    x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(layer, layers, x_BTD, at, cfg.microbatches_per_stage)
+    x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(
+        layer, layers, x_BTD, at, cfg.microbatches_per_stage
+    )
     balance_L = balance_L / jnp.maximum(real_rows(at.segments_BT > 0), 1)
     routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
     if depth == cfg.moe_layers:

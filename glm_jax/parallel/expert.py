@@ -47,9 +47,9 @@ def routed_experts(
     """y_BTD = sum over a token's chosen experts of weight * down(silu(gate x) * up x)."""
     layer = gate_EDM, up_EDM, down_EMD
     if not mesh.active():
-        return _local(implementation, (), (), x_BTD, experts_BTA, weights_BTA, *layer)
+        return _local(implementation, (), x_BTD, experts_BTA, weights_BTA, *layer)
     tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
-    run = partial(_local, implementation, layouts, mesh.axes_of(tokens))
+    run = partial(_local, implementation, (tokens, *layouts))
     local = jax.shard_map(run, in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
     return local(x_BTD, experts_BTA, weights_BTA, *layer)
 
@@ -57,7 +57,6 @@ def routed_experts(
 def _local(
     implementation: str | None,
     layouts: tuple[P, ...],
-    over: tuple[str, ...],
     x_BTD: Array,
     experts_BTA: Array,
     weights_BTA: Array,
@@ -67,7 +66,9 @@ def _local(
 ) -> Array:
     layer = gate_EDM, up_EDM, down_EMD
     if mesh.active():
-        gate_EDM, up_EDM, down_EMD = (_whole(w, layout, over) for w, layout in zip(layer, layouts, strict=True))
+        tokens, *of_weights = layouts
+        over = mesh.axes_of(tokens)
+        gate_EDM, up_EDM, down_EMD = (_whole(w, layout, over) for w, layout in zip(layer, of_weights, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
     x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
     chunks, room = pieces(len(x_XD), experts_XA.shape[-1], mesh.axis_size(mesh.EXPERT), platform())

@@ -100,7 +100,8 @@ def test_layouts_follow_the_letters():
     assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context", "pipeline"), None)
     assert mesh.in_stages(experts) == P("pipeline", "expert", ("fsdp", "context"), None)  # its own layers, no others
     assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
-    assert mesh.at_rest(router) == P(None, ("fsdp", "context", "expert", "pipeline"), None)  # its E does not follow the experts'
+    everything = ("fsdp", "context", "expert", "pipeline")
+    assert mesh.at_rest(router) == P(None, everything, None)  # its E does not follow the experts'
     assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context", "pipeline"))
     assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
     assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context", "pipeline"), None)
