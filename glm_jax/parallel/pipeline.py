@@ -41,7 +41,7 @@ def depth(layers: int) -> int:
 
 
 def check(mesh: Mesh | AbstractMesh, cfg: Model, rows: int) -> None:
-    """Raise ConfigError where the stages of `mesh` cannot share the layers, or a microbatch of `rows` rows, which its devices can."""
+    """Raise ConfigError where the stages of `mesh` cannot share the layers, or a microbatch of `rows` rows, as its devices can."""
     stages, per_stage = mesh.shape[PIPELINE], cfg.microbatches_per_stage
     if stages > 1 and cfg.moe_layers < stages:
         raise ConfigError(
@@ -69,9 +69,9 @@ def through_stages(
 ) -> tuple[Array, Any, Any]:
     """x_BTD after all `layers`, arrays [L, ...] that lie split over the stages (`mesh.in_stages`); and what the layers tell.
 
-    layer(x, its arrays, of_rows) is called with a part of the rows and with what `of_rows`, [B, ...], has of them. It returns x and a
-    pair of trees: arrays to be summed over parts, [L, ...] in the end, and arrays with its rows in front, [L, B, ...] in the end,
-    which have no gradient. Rows are split into `most` parts for each stage, or fewer where a device has not so many.
+    layer(x, its arrays, of_rows) is called with a part of the rows and what `of_rows`, [B, ...], has of them. It returns x and a pair
+    of trees: arrays to be summed over parts, [L, ...] in the end, and arrays with its rows in front, [L, B, ...] in the end, which
+    have no gradient. Rows are split into `most` parts for each stage, or fewer where a device has not so many.
     """
     most_of_device = len(x_BTD) // math.prod(map(axis_size, BATCH))
     schedule = _Schedule(layer, axis_size(PIPELINE), math.gcd(most, most_of_device))
@@ -217,8 +217,8 @@ def _together(z: Array, d: int = 0) -> Array:
 
 
 def _exchanged(z: Array, split: int, concat: int) -> Array:
-    """An all-to-all of the stages, of the shards of each of a stage's devices: outside a shard_map over the other axes too the whole of `z`
-    would be gathered for it."""
+    """An all-to-all of the stages, each device's shard for itself: not inside a shard_map over the other axes too, jax would
+    gather all of `z` for it."""
     layout = jax.typeof(z).sharding.spec
     exchange = partial(jax.lax.all_to_all, axis_name=PIPELINE, split_axis=split, concat_axis=concat, tiled=True)
     return jax.shard_map(exchange, in_specs=layout, out_specs=layout, check_vma=False)(z)
