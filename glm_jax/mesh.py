@@ -74,8 +74,8 @@ def sizes_of(cfg: config.Mesh) -> dict[str, int]:
 
 
 def told(sizes: Mapping[str, int]) -> str:
-    """Sizes as they are written in options and messages."""
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    """Sizes as they are written in options and messages, of pipelines only those that are any."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != PIPELINE or size > 1)
 
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
