@@ -198,12 +198,14 @@ def unstack(params: GLM) -> GLM:
 def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places, depth: int) -> tuple[Array, Routing]:
     """MoE layers, the first `depth` of them shared among the stages; the others as one stage."""
 
-    def layer(x_BTD, p, at):
-        x_BTD, _, routing = block(cfg, *p, x_BTD, at)
+    def layer(x_BTD, of_layer, at):
+        p, bias_E = of_layer
+        x_BTD, _, routing = block(cfg, p, bias_E, x_BTD, at)
+        assert routing is not None  # it is an MoE layer
         sums = routing.load_E, routing.balance * real_rows(at.segments_BT > 0)
         return x_BTD, (sums, routing.experts_BTA)
 
-    staged, rest = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
+    staged, left = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
     layers = (
         mesh.spread(staged[0], specs(cfg).moe, cfg.dtype, mesh.in_stages),
         mesh.spread(staged[1], router_bias_spec(cfg), jnp.float32, mesh.in_stages),
@@ -215,7 +217,7 @@ def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places,
     routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
     if depth == cfg.moe_layers:
         return x_BTD, routing
-    x_BTD, _, last = _layers(cfg, *rest, x_BTD, at, None, 0)
+    x_BTD, _, last = _layers(cfg, left[0], left[1], x_BTD, at, None, 0)
     return x_BTD, jax.tree.map(lambda *z: jnp.concatenate(z), routing, last)
 
 

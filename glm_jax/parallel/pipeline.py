@@ -195,11 +195,11 @@ def _on_stages(fn: Callable, *args: Any) -> Any:
         return results
 
     others = tuple(axis for axis in AXES if axis != PIPELINE)
-    stage = jax.sharding.explicit_axes(stage, axes=others, in_sharding=inside)
+    enter: Any = jax.sharding.explicit_axes(stage, axes=others, in_sharding=inside)
     with jax.sharding.use_abstract_mesh(automatic):
         args = jax.sharding.reshard(args, P())
         # unchecked: residuals of a shard_map inside one that varies over pipeline would be declared split over it once more
-        results = jax.shard_map(stage, in_specs=STAGE, out_specs=STAGE, axis_names={PIPELINE}, check_vma=False)(*args)
+        results = jax.shard_map(enter, in_specs=STAGE, out_specs=STAGE, axis_names={PIPELINE}, check_vma=False)(*args)
     return jax.sharding.reshard(results, outside[0])
 
 
