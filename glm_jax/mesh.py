@@ -251,6 +251,8 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     an all-reduce, for twice the bytes. In a stage of a pipeline jax has no `reduced`: there a gradient is summed on every device
     before it is split, unless the compiler makes one of the two.
     """
+    if axis_size(PIPELINE) == 1:
+        w = jax.sharding.reshard(w, without_pipeline(jax.typeof(w).sharding.spec))  # else it would be gathered from one
     here = jax.typeof(w).sharding.spec.partitions
     steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
     over = {axis for _, axis in steps}

@@ -18,7 +18,7 @@ from glm_jax.config import Model
 from glm_jax.model import cache as kv
 from glm_jax.model.attention import Places, places
 from glm_jax.model.blocks import DenseBlock, MoEBlock, block
-from glm_jax.model.moe import ROUTER_BIAS, Routing, real_rows
+from glm_jax.model.moe import ROUTER_BIAS, Routing
 from glm_jax.model.mtp import MTP, mtp
 from glm_jax.model.ops import rms_norm
 from glm_jax.parallel import pipeline
@@ -198,11 +198,14 @@ def unstack(params: GLM) -> GLM:
 def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places, depth: int) -> tuple[Array, Routing]:
     """MoE layers, the first `depth` of them shared among the stages; the others as one stage."""
 
+    def real_rows(at):  # of which balance losses are means
+        return jnp.sum(jnp.any(at.segments_BT > 0, axis=1))
+
     def layer(x_BTD, of_layer, at):
         p, bias_E = of_layer
         x_BTD, _, routing = block(cfg, p, bias_E, x_BTD, at)
         assert routing is not None  # it is an MoE layer
-        sums = routing.load_E, routing.balance * real_rows(at.segments_BT > 0)
+        sums = routing.load_E, routing.balance * real_rows(at)
         return x_BTD, (sums, routing.experts_BTA)
 
     staged, left = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
@@ -213,7 +216,7 @@ def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places,
     x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(
         layer, layers, x_BTD, at, cfg.microbatches_per_stage
     )
-    balance_L = balance_L / jnp.maximum(real_rows(at.segments_BT > 0), 1)
+    balance_L = balance_L / jnp.maximum(real_rows(at), 1)
     routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
     if depth == cfg.moe_layers:
         return x_BTD, routing

@@ -97,9 +97,5 @@ def balance_loss(cfg: Model, scores_BTE: Array, counted_BTE: Array, real_BT: Arr
     share_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
     P_BE = jnp.sum(share_BTE * real_BT1, axis=1) / jnp.maximum(tokens_B1, 1)
     f_BE = jnp.sum(counted_BTE * real_BT1, axis=1) * cfg.E / (cfg.A * jnp.maximum(tokens_B1, 1))
-    return jnp.sum(jax.lax.stop_gradient(f_BE) * P_BE) / jnp.maximum(real_rows(real_BT), 1)
-
-
-def real_rows(real_BT: Array) -> Array:
-    """How many rows the balance loss is a mean over."""
-    return jnp.sum(jnp.any(real_BT, axis=1))
+    rows = jnp.maximum(jnp.sum(tokens_B1 > 0), 1)
+    return jnp.sum(jax.lax.stop_gradient(f_BE) * P_BE) / rows
