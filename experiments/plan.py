@@ -41,7 +41,7 @@ class Args:
     """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
     mesh: str = ""
     """Devices along each axis (data, fsdp, expert, context), e.g. fsdp=64,expert=8; what is left goes to fsdp. By default
-    the recipe's."""
+    the recipe's. A pipeline is not planned."""
     batch: int = 512
     """Rows of one step, over all devices."""
     seq: int = 4096

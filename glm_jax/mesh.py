@@ -20,20 +20,21 @@ from glm_jax.cast import Beside, cast
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
 
-FSDP, CONTEXT, EXPERT = "fsdp", "context", "expert"
-AXES = ("data", FSDP, CONTEXT, EXPERT)
-BATCH = ("data", FSDP, EXPERT)  # rows of tokens are split over these, the tokens of a row over context
-NOT_EXPERT = ("data", FSDP, CONTEXT)
-SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp
+PIPELINE, FSDP, CONTEXT, EXPERT = "pipeline", "fsdp", "context", "expert"
+AXES = ("data", PIPELINE, FSDP, CONTEXT, EXPERT)
+# Rows of tokens are split over these, the tokens of a row over context. Pipeline comes first: `parallel.pipeline` takes it off.
+BATCH = (PIPELINE, "data", FSDP, EXPERT)
+NOT_EXPERT = ("data", PIPELINE, FSDP, CONTEXT)
+SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp; pipeline too, always the innermost
 BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
-EXPERTS: Rules = {"E": EXPERT, "D": SHARDS}
+EXPERTS: Rules = {"E": EXPERT, "D": (*SHARDS, PIPELINE)}
 EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-VOCABULARY: Rules = {"V": (EXPERT, *SHARDS)}  # of the embedding and the output matrix
+VOCABULARY: Rules = {"V": (EXPERT, *SHARDS, PIPELINE)}  # of the embedding and the output matrix
 VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
-OTHERS: Rules = {"D": (*SHARDS, EXPERT)}
+OTHERS: Rules = {"D": (*SHARDS, EXPERT, PIPELINE)}
 OTHERS_IN_USE: Rules = {}
 ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT, "S": CONTEXT}  # S of a cache, which no context axis above 1 meets
 
@@ -73,17 +74,18 @@ def sizes_of(cfg: config.Mesh) -> dict[str, int]:
 
 
 def told(sizes: Mapping[str, int]) -> str:
-    """Sizes as they are written in options and messages."""
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    """Sizes as they are written in options and messages, of pipelines only those that are any."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != PIPELINE or size > 1)
 
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
     """Raise ConfigError where a weight or a microbatch of `rows` of `length` tokens cannot be split over `mesh`."""
     check_weights(mesh, specs)
     parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    over = [axis for axis in BATCH if axis != PIPELINE or mesh.shape[axis] > 1]
     if rows % parts:
         raise ConfigError(
-            f"a microbatch of B={rows} rows cannot be split over {parts} devices (data x fsdp x expert); "
+            f"a microbatch of B={rows} rows cannot be split over {parts} devices ({' x '.join(over)}); "
             f"set microbatch_rows (--batch of a plan) to a multiple of {parts}"
         )
     chunks = 2 * mesh.shape[CONTEXT]  # an early and a late one to each device: see `parallel.context`
@@ -124,6 +126,11 @@ def in_use(spec: Spec) -> PartitionSpec:
     return _layout(spec, EXPERTS_IN_USE, VOCABULARY_IN_USE, OTHERS_IN_USE)
 
 
+def in_stages(spec: Spec) -> PartitionSpec:
+    """Layout of a stack of layers of which each stage of `parallel.pipeline` has its own."""
+    return PartitionSpec(PIPELINE, *without_pipeline(at_rest(spec))[1:])
+
+
 def everywhere(spec: Spec) -> PartitionSpec:
     """Layout of a weight that every device has whole."""
     del spec
@@ -141,8 +148,9 @@ def abstract(cfg: config.Mesh) -> jax.sharding.AbstractMesh:
 
 
 def activation(dims: str) -> PartitionSpec:
-    """Layout of an activation named by its letters."""
-    return PartitionSpec(*(ACTIVATIONS.get(letter) for letter in dims))
+    """Layout of an activation named by its letters. In a stage of `parallel.pipeline` there is no pipeline axis."""
+    layout = PartitionSpec(*(ACTIVATIONS.get(letter) for letter in dims))
+    return without_pipeline(layout) if in_stage() else layout
 
 
 def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
@@ -196,6 +204,16 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def in_stage() -> bool:
+    """Whether this is traced for one stage of a pipeline, to which the mesh has no pipeline axis."""
+    return PIPELINE in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def without_pipeline(layout: PartitionSpec) -> PartitionSpec:
+    """`layout` with nothing split over the pipeline axis."""
+    return PartitionSpec(*(tuple(axis for axis in _tuple(axes) if axis != PIPELINE) or None for axes in layout))
+
+
 def axis_size(axis: str) -> int:
     """Devices along `axis` of the mesh that is set; 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
@@ -230,12 +248,15 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
     device until the transposed gather scatters it. One axis at a time, the innermost first: of several at once TPU's compiler makes
-    an all-reduce, for twice the bytes.
+    an all-reduce, for twice the bytes. In a stage of a pipeline jax has no `reduced`: there a gradient is summed on every device
+    before it is split, unless the compiler makes one of the two.
     """
+    if axis_size(PIPELINE) == 1:
+        w = jax.sharding.reshard(w, without_pipeline(jax.typeof(w).sharding.spec))  # else it would be gathered from one
     here = jax.typeof(w).sharding.spec.partitions
     steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
     over = {axis for _, axis in steps}
-    if all(axis_size(axis) == 1 for axis in over):
+    if in_stage() or all(axis_size(axis) == 1 for axis in over):
         return jax.sharding.reshard(w, there)
     equal = [axis for axis in AXES if axis not in axes_of(there)]
 

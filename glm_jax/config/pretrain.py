@@ -43,6 +43,8 @@ class Model:
     implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
     # how tokens come to experts of other devices: all to all devices, or each to those of its experts; None: the better
     dispatch: Dispatch | None = field(default=None, metadata=SILENT_AT_DEFAULT)
+    # with mesh.pipeline: parts of a microbatch's rows that follow each other through the stages, for each stage
+    microbatches_per_stage: int = field(default=4, metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
         for letter in "VDLNKHFMEA":
@@ -59,6 +61,10 @@ class Model:
             f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
         )
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
+        require(
+            self.microbatches_per_stage >= 1,
+            f"microbatches_per_stage={self.microbatches_per_stage} must be at least 1",
+        )
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
             0 <= self.rotary + self.rotary % 2 <= self.H,
@@ -294,9 +300,10 @@ class Mesh:
     fsdp: int = -1
     expert: int = 1
     context: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a row of tokens
+    pipeline: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # stages, each with its share of the MoE layers
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.expert, self.context)
+        sizes = (self.data, self.fsdp, self.expert, self.context, self.pipeline)
         require(
             all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh {sizes}: sizes are positive, at most one is -1",

@@ -21,6 +21,7 @@ from glm_jax.model.blocks import DenseBlock, MoEBlock, block
 from glm_jax.model.moe import ROUTER_BIAS, Routing
 from glm_jax.model.mtp import MTP, mtp
 from glm_jax.model.ops import project, rms_norm
+from glm_jax.parallel import pipeline
 from glm_jax.parallel.order import together
 from glm_jax.parallel.vocabulary import embed
 from glm_jax.spec import norm, part, weight
@@ -143,9 +144,12 @@ def hidden(  # noqa: PLR0913 (as forward)
     x_BTD = embed(table_VD, ids_BT)
     x_BTD, cache, _ = _layers(cfg, params.dense, None, x_BTD, at, cache, 0)
     given_LBTA = None if experts_BTLA is None else jnp.moveaxis(mesh.constrain(experts_BTLA, "BTLA"), 2, 0)
-    x_BTD, cache, routing = _layers(
-        cfg, params.moe, router_bias_LE[: cfg.moe_layers], x_BTD, at, cache, cfg.dense_layers, given_LBTA
-    )
+    bias_LE = router_bias_LE[: cfg.moe_layers]
+    depth = pipeline.depth(cfg.moe_layers) if cache is None and given_LBTA is None else 0
+    if depth:
+        x_BTD, routing = _pipelined(cfg, params.moe, bias_LE, x_BTD, at, depth)
+    else:
+        x_BTD, cache, routing = _layers(cfg, params.moe, bias_LE, x_BTD, at, cache, cfg.dense_layers, given_LBTA)
     if routing is None:
         experts_LBTA = mesh.constrain(jnp.zeros((0, *ids_BT.shape, cfg.A), jnp.int32), "LBTA")
     else:
@@ -189,6 +193,35 @@ def unstack(params: GLM) -> GLM:
         return tuple(jax.tree.unflatten(tree, [w[i] for w in weights]) for i in range(weights[0].shape[0]))
 
     return dataclasses.replace(params, dense=split(params.dense), moe=split(params.moe))
+
+
+def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places, depth: int) -> tuple[Array, Routing]:
+    """MoE layers, the first `depth` of them shared among the stages; the others as one stage."""
+
+    def real_rows(at):  # of which balance losses are means
+        return jnp.sum(jnp.any(at.segments_BT > 0, axis=1))
+
+    def layer(x_BTD, of_layer, at):
+        p, bias_E = of_layer
+        x_BTD, _, routing = block(cfg, p, bias_E, x_BTD, at)
+        assert routing is not None  # it is an MoE layer
+        sums = routing.load_E, routing.balance * real_rows(at)
+        return x_BTD, (sums, routing.experts_BTA)
+
+    staged, left = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
+    layers = (
+        mesh.spread(staged[0], specs(cfg).moe, cfg.dtype, mesh.in_stages),
+        mesh.spread(staged[1], router_bias_spec(cfg), jnp.float32, mesh.in_stages),
+    )
+    x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(
+        layer, layers, x_BTD, at, cfg.microbatches_per_stage
+    )
+    balance_L = balance_L / jnp.maximum(real_rows(at), 1)
+    routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
+    if depth == cfg.moe_layers:
+        return x_BTD, routing
+    x_BTD, _, last = _layers(cfg, left[0], left[1], x_BTD, at, None, 0)
+    return x_BTD, jax.tree.map(lambda *z: jnp.concatenate(z), routing, last)
 
 
 def _layers(

@@ -43,7 +43,8 @@ def routed_experts(
     if not mesh.active():
         return _local(how, (), x_BTD, experts_BTA, weights_BTA, *layer)
     tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
-    local = jax.shard_map(partial(_local, how, layouts), in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
+    run = partial(_local, how, (tokens, *layouts))
+    local = jax.shard_map(run, in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
     return local(x_BTD, experts_BTA, weights_BTA, *layer)
 
 
@@ -66,7 +67,9 @@ def _local(
 ) -> Array:
     layer = gate_EDM, up_EDM, down_EMD
     if mesh.active():
-        gate_EDM, up_EDM, down_EMD = (_whole(w, layout) for w, layout in zip(layer, layouts, strict=True))
+        tokens, *of_weights = layouts
+        over = mesh.axes_of(tokens)
+        gate_EDM, up_EDM, down_EMD = (_whole(w, layout, over) for w, layout in zip(layer, of_weights, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
     x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
     (implementation, dispatch), axis = how, mesh.axis_size(mesh.EXPERT)
@@ -108,11 +111,12 @@ def _in_turn_backward(
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
-def _whole(w: Array, layout: P) -> Array:
-    """This device's experts with their shards gathered; the gradient is scattered as it is summed."""
-    missing = set(mesh.NOT_EXPERT)
+def _whole(w: Array, layout: P, over: tuple[str, ...]) -> Array:
+    """This device's experts with their shards gathered, for tokens that are split `over` these axes; the gradient is scattered
+    as it is summed."""
+    missing = set(over) - {mesh.EXPERT}
     for d in range(w.ndim):
-        axes = [axis for axis in mesh.axes_of(layout[d : d + 1]) if axis in mesh.SHARDS]
+        axes = [axis for axis in mesh.axes_of(layout[d : d + 1]) if axis != mesh.EXPERT]
         for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
             w = mesh.joined(w, axis, d) if mesh.axis_size(axis) > 1 else w
         missing -= set(axes)

@@ -59,6 +59,10 @@ def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, st
         raise ConfigError(
             f"mesh data={sizes.data} must be a multiple of slices={machine.slices}: data goes over slices"
         )
+    if sizes.pipeline > 1:
+        raise ConfigError(
+            f"mesh pipeline={sizes.pipeline}: the planner counts neither a pipeline's bubble nor its traffic; plan with pipeline=1"
+        )
     if length > run.model.max_positions:
         raise ConfigError(f"seq={length} exceeds max_positions={run.model.max_positions}; use at most that")
     run = replace(run, optim=run.post.unify.grpo.optim) if step == "grpo" else run

@@ -15,6 +15,7 @@ from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, Run, Stage
 from glm_jax.data.input import Microbatches
 from glm_jax.optim import Step, optimizer, steps
+from glm_jax.parallel import pipeline
 from glm_jax.train import checkpoint, metrics, processes, state
 from glm_jax.train.step import Knobs, stacked, train_step
 
@@ -67,6 +68,7 @@ def check_layout(run: Run, *stages: Stage) -> None:
     here = mesh.make(run.mesh)
     for stage in stages:
         mesh.check(here, model.specs(run.model), stage.microbatch_rows, stage.seq_len)
+        pipeline.check(here, run.model, stage.microbatch_rows)
 
 
 class _Trainer:

@@ -14,7 +14,7 @@ from glm_jax.train import state
 from glm_jax.train.step import Knobs, stacked, train_step
 
 CFG = config.Model(
-    V=64, D=32, L=3, dense_layers=1, N=4, K=2, H=8, F=32, M=16, E=8, A=2, dtype="float32", max_positions=64
+    V=64, D=32, L=4, dense_layers=1, N=4, K=2, H=8, F=32, M=16, E=8, A=2, dtype="float32", max_positions=64
 )
 TX = optimizer(config.Optim(ns_dtype="float32"), model.specs(CFG))
 MICROBATCHES, ROWS, LENGTH = 2, 8, 16
@@ -24,7 +24,7 @@ STEPS = 10
 def meshes(devices: int) -> Iterator[Mesh]:
     """Every mesh of so many devices, a power of two."""
     powers = [2**n for n in range(devices.bit_length())]
-    for sizes in itertools.product(powers, repeat=4):
+    for sizes in itertools.product(powers, repeat=len(mesh.AXES)):
         if math.prod(sizes) == devices:
             yield Mesh(**dict(zip(mesh.AXES, sizes, strict=True)))
 

@@ -9,17 +9,18 @@ from jax.sharding import PartitionSpec as P
 from experiments import recipes
 from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, replace
+from glm_jax.parallel import pipeline
 
 TINY = recipes.get("tiny").model
 
 
-def abstract(data: int, fsdp: int, expert: int, context: int = 1) -> AbstractMesh:
-    return mesh.abstract(config.Mesh(data, fsdp, expert, context))
+def abstract(data: int, fsdp: int, expert: int, context: int = 1, pipeline: int = 1) -> AbstractMesh:
+    return mesh.abstract(config.Mesh(data, fsdp, expert, context, pipeline))
 
 
 def test_one_device_is_a_mesh_of_size_one():
     made = mesh.make(config.Mesh(), jax.devices()[:1])
-    assert dict(made.shape) == {"data": 1, "fsdp": 1, "context": 1, "expert": 1}
+    assert dict(made.shape) == {"data": 1, "pipeline": 1, "fsdp": 1, "context": 1, "expert": 1}
     assert set(made.axis_types) == {AxisType.Explicit}
 
 
@@ -60,6 +61,24 @@ def test_rows_of_tokens_that_cannot_be_split():
         mesh.check(abstract(1, 1, 2, 4), model.specs(TINY), rows=2, length=12)
 
 
+def test_rows_that_follow_each_other_through_no_pipeline():
+    message = (
+        r"B=24 rows, 3 of each device, cannot be split into 4 parts for each stage of mesh.pipeline=2; set microbatch_rows to a "
+        r"multiple of 32, or model.microbatches_per_stage to a divisor of 3"
+    )
+    with pytest.raises(ConfigError, match=message):
+        pipeline.check(abstract(1, 2, 2, pipeline=2), TINY, rows=24)
+    pipeline.check(abstract(1, 2, 2, pipeline=2), TINY, rows=32)
+    pipeline.check(abstract(1, 2, 2, pipeline=2), replace(TINY, microbatches_per_stage=3), rows=24)
+    pipeline.check(abstract(1, 2, 2), TINY, rows=24)
+
+
+def test_stages_without_layers():
+    few = replace(TINY, L=4, dense_layers=1)
+    with pytest.raises(ConfigError, match=r"3 MoE layers cannot be shared by mesh.pipeline=4 stages; use at most 3"):
+        pipeline.check(abstract(1, 1, 1, pipeline=4), few, rows=16)
+
+
 def test_sampling_does_not_split_rows_of_tokens():
     with (
         jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 2)),
@@ -78,14 +97,16 @@ def test_layouts_follow_the_letters():
     specs = model.specs(TINY)
     experts, router = specs.moe.ffn.gate_EDM, specs.moe.ffn.router_DE
     assert experts.dims == "LEDM"
-    assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context"), None)
+    assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context", "pipeline"), None)
+    assert mesh.in_stages(experts) == P("pipeline", "expert", ("fsdp", "context"), None)  # its own layers, no others
     assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
-    assert mesh.at_rest(router) == P(None, ("fsdp", "context", "expert"), None)  # its E does not follow the experts'
-    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context"))
+    everything = ("fsdp", "context", "expert", "pipeline")
+    assert mesh.at_rest(router) == P(None, everything, None)  # its E does not follow the experts'
+    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context", "pipeline"))
     assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
-    assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context"), None)
+    assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context", "pipeline"), None)
     assert mesh.in_use(specs.embed_VD) == P("expert", None)  # and so does the look-up
-    assert mesh.activation("BTD") == P(("data", "fsdp", "expert"), "context", None)
+    assert mesh.activation("BTD") == P(("pipeline", "data", "fsdp", "expert"), "context", None)
 
 
 def test_without_a_mesh_nothing_moves():

@@ -337,3 +337,8 @@ def test_every_kernel_of_the_expert_layer_is_known_to_count_rows_that_are_not_re
     traced = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2, 3)))(x_XD, w_EDM, w_EDM, w_EMD)
     names = set(operations(traced.jaxpr))
     assert len(names) >= 4 and all(plan._grouped(name) for name in names)
+
+
+def test_a_pipeline_is_not_planned():
+    with pytest.raises(ConfigError, match=r"mesh pipeline=2: the planner counts neither .* plan with pipeline=1"):
+        plan.check(GLM45, POD, Mesh(pipeline=2, fsdp=32, expert=8), rows=512, length=4096)
