@@ -58,7 +58,7 @@ def write_plan(name: str, out) -> None:
     if name == "fsdp=32,expert=16":
         raise SystemExit(3)
     plan = {"roofline_s": {"compute": 2.0, "memory": 1.0, "network": 1.0}, "mfu_bound": 0.5}
-    fits = name != "data=2,fsdp=16,expert=16"
+    fits = name != "fsdp=16,context=2,expert=16"
     out.write_text(json.dumps(plan | {"held_gib": 15.0, "fits": fits}))
 
 
@@ -67,7 +67,7 @@ def test_the_compiler_has_the_last_word(capsys):
     found = plan_search.search(GLM45, plan.target("v5p:8x8x8"), (512, 4096), "train", 1, write_plan)
     ranked = found["ranked"]
     assert [one.get("fits") for one in ranked] == [True, False, None]
-    assert ranked[1]["mesh_told"] == "data=2,fsdp=16,expert=16"
+    assert ranked[1]["mesh_told"] == "fsdp=16,context=2,expert=16"
     assert ranked[2]["error"].startswith("not compiled: its process ended with 3")
     text = capsys.readouterr().out
     assert "144 meshes of 512 devices fit by arithmetic, 56 do not, 20 cannot be laid out" in text
