@@ -95,7 +95,7 @@ def _route(layer: Layer, tokens: Tokens) -> Route:
     first_XA = ~((device_XA[:, :, None] == device_XA[:, None, :]) & before_AA).any(axis=2)
     position_R, count_J = position_map(jnp.where(first_XA, device_XA, devices).reshape(-1), devices)
     count_IJ = jax.lax.all_gather(count_J, mesh.EXPERT)
-    fullest = jax.lax.pmax(count_IJ.sum(axis=0).max(), ("data", *mesh.SHARDS, mesh.EXPERT))
+    fullest = jax.lax.pmax(count_IJ.sum(axis=0).max(), tuple(axis for axis in mesh.AXES if axis != mesh.PIPELINE))
     position_XA = jnp.minimum(position_R, most - 1).reshape(X, A)
     token_R = row_order(position_R)[:most] // A
     return Route(token_R, position_XA, first_XA, count_IJ, room, (fullest + room - 1) // room)
