@@ -16,6 +16,8 @@ def newton_schulz(x_BPQ: Array, quintics: tuple[tuple[float, float, float], ...]
 def _step(x_BPQ: Array, a: float, b: float, c: float) -> Array:
     dtype = x_BPQ.dtype
     gram_BPP = product("...pq,...rq->...pr", x_BPQ, x_BPQ)
+    if dtype != jnp.float32:  # it is used in both types: GPU's compiler multiplies once for each
+        gram_BPP = jax.lax.optimization_barrier(gram_BPP)
     low_BPP = gram_BPP.astype(dtype)
     poly_BPP = (b * gram_BPP + c * product("...pr,...rq->...pq", low_BPP, low_BPP)).astype(dtype)
     return (a * x_BPQ.astype(jnp.float32) + product("...pr,...rq->...pq", poly_BPP, x_BPQ)).astype(dtype)
