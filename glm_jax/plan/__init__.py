@@ -100,7 +100,9 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     tell("reading what was compiled")
     program = Program(compiled.text)
     operations = by.operations(work)
-    counted = {**program.flops, **(compiled.kernels if machine.gpu else {})}
+    counted = dict(program.flops)
+    if machine.gpu:
+        counted |= {name: times * compiled.kernels[name] for name, times in program.kernels.items()}
     chunk, room, real = _routed(work, machine)
     flops = sum(n * (real if _grouped(name) else 1) for name, n in counted.items())
     collectives = _collectives(work, program.collectives, _sent(work, chunk))

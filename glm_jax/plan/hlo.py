@@ -27,6 +27,7 @@ NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
+KERNEL = re.compile(r'op_name="[^"]*?([^/"]+)/mpmd_map"')
 SOURCE = re.compile(r'op_name="([^"]*)"')
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
@@ -156,6 +157,15 @@ class Program:
                 found["xla"] += times * _product_flops(computation, op, contracted.group(1).replace('"', ""))
             elif op.opcode == "custom-call" and (cost := COST.search(op.attributes)):
                 found[re.sub(r"[.\d]+$", "", op.name)] += times * int(cost.group(1))
+        return dict(found)
+
+    @cached_property
+    def kernels(self) -> dict[str, int]:
+        """How often each Mosaic GPU kernel is called."""
+        found: dict[str, int] = defaultdict(int)
+        for _, op, times in self.ops(inlined=True):
+            if op.opcode == "custom-call" and (name := KERNEL.search(op.attributes)):
+                found[name.group(1)] += times
         return dict(found)
 
     @cached_property

@@ -1,7 +1,6 @@
 """The very programs of a run, laid out over a machine's mesh and compiled for its chips."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -35,7 +34,7 @@ class Compiled:
     peak_bytes: int  # held at the peak beside arguments and results that are no arguments
     seconds: float  # to trace and compile
     text: str
-    kernels: Counter[str]  # operations of the traced kernels by name, of which a GPU's program tells nothing
+    kernels: dict[str, float]  # operations of one call of each kernel by name, of which a GPU's program tells nothing
     result_bytes: int = 0  # that take no argument's place
 
 

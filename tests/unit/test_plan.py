@@ -135,20 +135,27 @@ def test_the_largest_arrays_are_named_by_their_source():
     assert ("all-gather", "bf16[16,16]", "jit(step)/gather") in told
 
 
-def test_kernels_are_counted_as_often_as_their_loop_runs():
-    cost = pl.CostEstimate(flops=100, bytes_accessed=1, transcendentals=0)
-
-    def copied(x):
+def test_a_call_of_a_kernel_does_what_its_estimate_says():
+    def copied(x, flops=100):
         def body(x_ref, y_ref):
             y_ref[...] = x_ref[...]
 
+        cost = pl.CostEstimate(flops=flops, bytes_accessed=1, transcendentals=0)
         return pl.pallas_call(body, out_shape=x, cost_estimate=cost, name="copied")(x)
 
     def step(x):
         x, _ = jax.lax.scan(lambda x, _: (jax.checkpoint(copied)(x), None), x, length=5)
-        return copied(x)
+        return copied(x, 200)
 
-    assert operations(jax.make_jaxpr(step)(jnp.zeros(8)).jaxpr) == {"copied": 600}
+    assert operations(jax.make_jaxpr(step)(jnp.zeros(8)).jaxpr) == {"copied": 150}
+
+
+def test_kernels_of_a_gpu_are_counted_as_often_as_their_loop_runs():
+    dot = next(line for line in PROGRAM.splitlines() if " dot(" in line)
+    name = 'metadata={op_name="jit(step)/while/body/attention_dq/mpmd_map"}'
+    call = f'{dot.split(" dot(")[0]} custom-call(), custom_call_target="mosaic_gpu_v2", {name}'
+    found = Program(PROGRAM.replace(dot, call))
+    assert found.kernels == {"attention_dq": 5}
 
 
 def test_the_state_of_glm45_on_512_devices():
