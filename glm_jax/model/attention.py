@@ -71,7 +71,11 @@ def attention(
     cache: kv.Cache | None = None,
     layer: Array | int = 0,
 ) -> tuple[Array, kv.Cache | None]:
-    """Attend to this row's earlier tokens, or to the cache's where one is given (it comes back one layer longer)."""
+    """Attend to this row's earlier tokens, or to the cache's where one is given (it comes back one layer longer).
+
+    The output weights o_NHD come as they lie between steps and are gathered here, once more in the backward pass: kept, they would
+    be as large as the queries.
+    """
     q_BTNH = project(x_BTD, p.q_DNH)
     k_BTKH = project(x_BTD, p.k_DKH)
     v_BTKH = project(x_BTD, p.v_DKH)
@@ -108,13 +112,10 @@ def attention(
     def rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH):
         return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *shared)
 
-    if cfg.remat != "none" and cache is None:
-        rotate_and_attend = jax.checkpoint(rotate_and_attend, policy=KEPT)
-    y_BTNH = rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH)
-
     def output(y_BTNH, o_NHD):
         return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2)
 
     if cfg.remat != "none" and cache is None:
-        output = jax.checkpoint(output)
+        rotate_and_attend, output = jax.checkpoint(rotate_and_attend, policy=KEPT), jax.checkpoint(output)
+    y_BTNH = rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH)
     return output(y_BTNH, o_NHD), cache
