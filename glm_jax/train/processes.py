@@ -1,13 +1,18 @@
 """Several processes of one run: the first writes what all would write, and what it decides by its files all do."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 Result = TypeVar("Result")
+
+_meetings = count()
+_LONGEST = 24 * 3600 * 1000  # milliseconds; a writer that dies is noticed by its missing heartbeat, long before
 
 
 def writer() -> bool:
@@ -21,10 +26,18 @@ def agreed(answer: bool) -> bool:
 
 
 def in_turn(do: Callable[[], Result]) -> Result:
-    """Call `do` in the writer, then in the others, which find made what it made."""
+    """Call `do` in the writer, then in the others, which find made what it made.
+
+    They wait at a barrier of the coordinator, not in a collective: gloo gives one 30 seconds, and `do` may take hours.
+    """
     if not writer():
-        multihost_utils.sync_global_devices("the writer has done it")
+        _meet()
     result = do()
-    if jax.process_count() > 1 and writer():
-        multihost_utils.sync_global_devices("the writer has done it")
+    if writer():
+        _meet()
     return result
+
+
+def _meet() -> None:
+    """Wait for all processes; with a single one, go on."""
+    get_barrier_sync_fn()(key=f"the writer has done it {next(_meetings)}", timeout_ms=_LONGEST)
