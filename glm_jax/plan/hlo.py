@@ -65,7 +65,7 @@ class Op:
     shapes: tuple[Shape, ...]  # several where it returns a tuple
     operands: tuple[str, ...]
     attributes: str
-    literal: str = ""  # of a constant
+    literal: str = ""  # of a constant; of a parameter its number
 
     @property
     def bytes(self) -> float:
@@ -135,7 +135,8 @@ class Program:
         if known := TRIPS.search(loop.attributes):
             return int(known.group(1))
         condition = self.computations[called["condition"].lstrip("%")]
-        return max((int(op.literal) for op in condition.ops if op.literal.isdigit()), default=1)
+        constants = (op.literal for op in condition.ops if op.opcode == "constant")
+        return max((int(literal) for literal in constants if literal.isdigit()), default=1)
 
     def ops(self, *, inlined: bool) -> Iterator[tuple[Computation, Op, int]]:
         """(where it stands, operation, how often it runs); those inside fusions too, or not."""
@@ -182,11 +183,30 @@ class Program:
             return 2 * sum(z.bytes for z in where.operand_shapes(op)[1:2])
         if op.opcode != "fusion":
             return op.bytes + sum(shape.bytes for shape in where.operand_shapes(op))
-        inside = self.computations[CALLED.findall(op.attributes)[0][1].lstrip("%")]
-        read = sum(_read(inside, p) for p in inside.ops if p.opcode == "parameter")
+        inside = self._called(op)
+        read = sum(self._read(inside, p) for p in inside.ops if p.opcode == "parameter")
         root = inside.ops[-1]
         results = [inside.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
         return read + sum(_written(inside, result) for result in results)
+
+    def _called(self, fusion: Op) -> Computation:
+        return self.computations[CALLED.findall(fusion.attributes)[0][1].lstrip("%")]
+
+    def _read(self, inside: Computation, op: Op) -> float:
+        """Bytes of a fusion's argument that it reads: slices alone where nothing else is done with it, also in a fusion inside it."""
+        return min(op.bytes, sum(self._read_by(inside, user, op) for user in inside.users.get(op.name, [])))
+
+    def _read_by(self, inside: Computation, user: Op, op: Op) -> float:
+        if user.opcode == "bitcast":
+            return self._read(inside, user)
+        if user.opcode == "fusion":
+            within = self._called(user)
+            places = [str(i) for i, name in enumerate(user.operands) if name == op.name]
+            read = (self._read(within, p) for p in within.ops if p.opcode == "parameter" and p.literal in places)
+            return sum(read)
+        if user.operands[0] != op.name or user.operands.count(op.name) > 1:
+            return op.bytes
+        return user.bytes if user.opcode in SLICES else 0 if user.opcode == "dynamic-update-slice" else op.bytes
 
     @cached_property
     def collectives(self) -> list[Collective]:
@@ -240,7 +260,7 @@ def _op(name: str, rest: str) -> Op:
     start = rest.index("(", end)
     close = _closing(rest, start)
     operands = tuple(NAME.findall(rest[start:close]))
-    literal = rest[start + 1 : close] if opcode == "constant" else ""
+    literal = rest[start + 1 : close] if opcode in ("constant", "parameter") else ""
     return Op(name, opcode, _shapes(rest[:end]), operands, rest[close + 1 :], literal)
 
 
@@ -340,15 +360,6 @@ def _received(kind: str, devices: int) -> float:
     """Bytes that a device receives for each byte that it puts in."""
     share = 1 - 1 / devices
     return {"all-gather": devices - 1, "all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
-
-
-def _read(inside: Computation, parameter: Op) -> float:
-    users = inside.users.get(parameter.name, [])
-    if users and all(user.opcode in SLICES and user.operands[0] == parameter.name for user in users):
-        return sum(user.bytes for user in users)
-    if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name for user in users):
-        return 0
-    return parameter.bytes
 
 
 def _written(inside: Computation, result: Op) -> float:

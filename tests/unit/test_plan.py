@@ -105,6 +105,30 @@ def test_a_slice_of_a_stack_moves_no_more_than_itself():
     assert Program(PROGRAM).bytes_moved == 5 * in_a_trip + (x + x + 4 * 4 * 4) + (x + x)
 
 
+def test_nor_does_one_that_a_fusion_inside_another_takes():
+    outer = """%outer (n: s32[], stack: bf16[5,8,16]) -> bf16[8,16] {
+  %n = s32[] parameter(0)
+  %stack = bf16[5,8,16]{2,1,0} parameter(1)
+  %same = bf16[5,8,16]{2,1,0} bitcast(%stack)
+  ROOT %w = bf16[8,16]{1,0} fusion(%same, %n), kind=kLoop, calls=%sliced
+}
+
+%body"""
+    text = PROGRAM.replace(
+        "fusion(%stack, %n), kind=kLoop, calls=%sliced", "fusion(%n, %stack), kind=kLoop, calls=%outer"
+    )
+    assert Program(text.replace("%body", outer, 1)).bytes_moved == Program(PROGRAM).bytes_moved
+
+
+def test_nor_one_that_is_read_and_written_in_place():
+    updated = """
+  %more = bf16[1,8,16]{2,1,0} negate(%one)
+  ROOT %after = bf16[5,8,16]{2,1,0} dynamic-update-slice(%stack, %more, %n, %zero, %zero)"""
+    text = PROGRAM.replace("\n  ROOT %flat = bf16[8,16]{1,0} bitcast(%one)", updated)
+    assert text != PROGRAM
+    assert Program(text).bytes_moved == Program(PROGRAM).bytes_moved
+
+
 def test_batched_products_are_convolutions_with_holes():
     labels = "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf"
     batched = PROGRAM.replace(
