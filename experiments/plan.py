@@ -26,8 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import cli
-from glm_jax.config import ConfigError, Mesh, Run, nearest, replace
+from experiments import cli, recipes
+from glm_jax.config import ConfigError, Mesh, Run, diff, nearest, replace
 
 RESULTS = Path("experiments/results")
 AXES = [field.name for field in fields(Mesh)]
@@ -40,8 +40,8 @@ class Args:
     topology: str = "v5p:8x8x8"
     """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
     mesh: str = ""
-    """Devices along each axis (data, fsdp, expert, context), e.g. fsdp=64,expert=8; what is left goes to fsdp. By default
-    the recipe's. A pipeline is not planned."""
+    """Devices along each axis (data, fsdp, expert, context, tensor), e.g. fsdp=64,expert=8; what is left goes to fsdp. By
+    default the recipe's. A pipeline is not planned, and a search leaves tensor at 1."""
     batch: int = 512
     """Rows of one step, over all devices."""
     seq: int = 4096
@@ -90,7 +90,7 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     work = check(run, machine, sizes, args.batch, args.seq, args.step)
     with progress() as tell:
         found = plan(work, machine, tell)
-    found["peak_rss_gb"] = cli.peak_rss_gb()
+    found |= {"peak_rss_gb": cli.peak_rss_gb(), "changed": _changed(run)}
     print(told(found))
     return _written(found, args.out)
 
@@ -192,18 +192,23 @@ def _program(plan: dict[str, Any]) -> str:
     return f"at the peak {plan['held_gib']:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
 
 
+def _changed(run: Run) -> dict[str, Any]:
+    """Fields that are not as in the run's recipe, but for its mesh, which a plan has of its own."""
+    recipe = recipes.RECIPES.get(run.name, lambda: run)()
+    return {path: now for path, (_, now) in diff(run, recipe).items() if not path.startswith("mesh.")}
+
+
 def _variant(plan: dict[str, Any]) -> str:
     """What of the plan is not usual."""
-    step, remat = plan.get("step", "train"), plan["remat"]
-    return "".join(f", {what}" for what in (step, f"remat {remat}") if what not in ("train", "remat layer"))
+    changed = [f"{path.rpartition('.')[2]} {value}" for path, value in plan["changed"].items()]
+    return "".join(f", {what}" for what in ([] if plan["step"] == "train" else [plan["step"]]) + changed)
 
 
 def table(paths: list[Path]) -> str:
     """The plans as a table of Markdown."""
     lines = [
-        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | "
-        "MFU bound | compiled |",
-        "|---|---|---|---|---|---|---|---|",
+        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | MFU bound |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in paths:
         plan = json.loads(path.read_text())
@@ -213,7 +218,6 @@ def table(paths: list[Path]) -> str:
             f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} ({plan['peak_temp_gib']:.2f}) of {plan['hbm_gib']:.0f}"
             f"{'' if plan['fits'] else ': does not fit'}",
             f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",
-            f"{plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

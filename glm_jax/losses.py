@@ -63,11 +63,15 @@ def _over_shards(
     that share it take their tokens together, each with its part of the vocabulary."""
 
     def local(hidden_BTD, head_DV, *of_token):
-        axis = mesh.EXPERT if mesh.axis_size(mesh.EXPERT) > 1 else None
-        x_XD = mesh.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]))
+        x_XD = mesh.copied(mesh.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
         flat = (mesh.gathered(z.reshape(-1)) for z in of_token)
         value, per_token_X, _ = linear_softmax(
-            token_loss, x_XD, mesh.vary(head_DV), *flat, vocabulary_axis=axis, implementation=implementation
+            token_loss,
+            x_XD,
+            mesh.vary(head_DV),
+            *flat,
+            vocabulary_axis=mesh.sharing() or None,
+            implementation=implementation,
         )
         return mesh.total(value), mesh.own(per_token_X).reshape(of_token[0].shape)
 

@@ -20,8 +20,9 @@ from glm_jax.cast import Beside, cast
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
 
-PIPELINE, FSDP, CONTEXT, EXPERT = "pipeline", "fsdp", "context", "expert"
-AXES = ("data", PIPELINE, FSDP, CONTEXT, EXPERT)
+PIPELINE, FSDP, CONTEXT, EXPERT, TENSOR = "pipeline", "fsdp", "context", "expert", "tensor"
+AXES = ("data", PIPELINE, FSDP, CONTEXT, EXPERT, TENSOR)
+OPTIONAL = (PIPELINE, TENSOR)  # told only where they split something
 # Rows of tokens are split over these, the tokens of a row over context. Pipeline comes first: `parallel.pipeline` takes it off.
 BATCH = (PIPELINE, "data", FSDP, EXPERT)
 NOT_EXPERT = ("data", PIPELINE, FSDP, CONTEXT)
@@ -30,13 +31,17 @@ BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
-EXPERTS: Rules = {"E": EXPERT, "D": (*SHARDS, PIPELINE)}
-EXPERTS_IN_USE: Rules = {"E": EXPERT}  # the fsdp shards have been gathered, other devices' experts never are
-VOCABULARY: Rules = {"V": (EXPERT, *SHARDS, PIPELINE)}  # of the embedding and the output matrix
-VOCABULARY_IN_USE: Rules = {"V": EXPERT}  # look-up and loss work on a share of it
-OTHERS: Rules = {"D": (*SHARDS, EXPERT, PIPELINE)}
-OTHERS_IN_USE: Rules = {}
-ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT, "S": CONTEXT}  # S of a cache, which no context axis above 1 meets
+EXPERTS: Rules = {"E": EXPERT, "D": (*SHARDS, PIPELINE, TENSOR)}
+EXPERTS_IN_USE: Rules = {
+    "E": EXPERT,
+    "M": TENSOR,
+}  # the fsdp shards have been gathered, other devices' experts never are
+VOCABULARY: Rules = {"V": (EXPERT, TENSOR, *SHARDS, PIPELINE)}  # of the embedding and the output matrix
+VOCABULARY_IN_USE: Rules = {"V": (EXPERT, TENSOR)}  # look-up and loss work on a share of it
+OTHERS: Rules = {"D": (*SHARDS, EXPERT, PIPELINE, TENSOR)}
+OTHERS_IN_USE: Rules = dict.fromkeys("NKFM", TENSOR)  # some of the heads, some of the hidden width
+# S of a cache, which no context axis above 1 meets
+ACTIVATIONS: Rules = {"B": BATCH, "T": CONTEXT, "S": CONTEXT} | OTHERS_IN_USE
 
 
 def make(cfg: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -74,8 +79,8 @@ def sizes_of(cfg: config.Mesh) -> dict[str, int]:
 
 
 def told(sizes: Mapping[str, int]) -> str:
-    """Sizes as they are written in options and messages, of pipelines only those that are any."""
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != PIPELINE or size > 1)
+    """Sizes as they are written in options and messages, of optional axes only those that are any."""
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis not in OPTIONAL or size > 1)
 
 
 def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows: int, length: int) -> None:
@@ -100,9 +105,10 @@ def check_weights(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: An
     """Raise ConfigError where a weight cannot be split over `mesh`."""
     for turn in range(3):  # the likelier mistakes first: experts, width, vocabulary
         for name, spec in leaves(specs):
-            for letter, size, axes in zip(spec.dims, spec.shape, at_rest(spec), strict=True):
-                if {"E": 0, "V": 2}.get(letter, 1) == turn:
-                    _check_split(mesh, name, letter, size, axes)
+            for layout in (at_rest(spec), in_use(spec)):
+                for letter, size, axes in zip(spec.dims, spec.shape, layout, strict=True):
+                    if {"E": 0, "V": 2}.get(letter, 1) == turn:
+                        _check_split(mesh, name, letter, size, axes)
 
 
 def _check_split(mesh: Any, name: str, letter: str, size: int, axes: str | tuple[str, ...] | None) -> None:
@@ -211,7 +217,12 @@ def in_stage() -> bool:
 
 def without_pipeline(layout: PartitionSpec) -> PartitionSpec:
     """`layout` with nothing split over the pipeline axis."""
-    return PartitionSpec(*(tuple(axis for axis in _tuple(axes) if axis != PIPELINE) or None for axes in layout))
+    return without(layout, PIPELINE)
+
+
+def without(layout: PartitionSpec, *these: str) -> PartitionSpec:
+    """`layout` with nothing split over these axes."""
+    return PartitionSpec(*(tuple(axis for axis in _tuple(axes) if axis not in these) or None for axes in layout))
 
 
 def axis_size(axis: str) -> int:
@@ -251,16 +262,24 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     an all-reduce, for twice the bytes. In a stage of a pipeline jax has no `reduced`: there a gradient is summed on every device
     before it is split, unless the compiler makes one of the two.
     """
-    if axis_size(PIPELINE) == 1:
-        w = jax.sharding.reshard(w, without_pipeline(jax.typeof(w).sharding.spec))  # else it would be gathered from one
+    # along tensor, whose devices have the same tokens and so the same gradient, a weight that they all have whole is gathered by jax;
+    # and a pipeline of one is none
+    plain = {TENSOR: TENSOR not in axes_of(there), PIPELINE: axis_size(PIPELINE) == 1}
+    w = jax.sharding.reshard(w, without(jax.typeof(w).sharding.spec, *(axis for axis in plain if plain[axis])))
     here = jax.typeof(w).sharding.spec.partitions
-    steps = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
+    leaving = [(d, axis) for d in range(w.ndim) for axis in reversed(_tuple(here[d])) if axis not in _tuple(there[d])]
+    turned = [(d, axis) for d, axis in leaving if axis in axes_of(there)]  # the innermost of its dimension
+    steps = [step for step in leaving if step not in turned]
     over = {axis for _, axis in steps}
     if in_stage() or all(axis_size(axis) == 1 for axis in over):
         return jax.sharding.reshard(w, there)
-    equal = [axis for axis in AXES if axis not in axes_of(there)]
+    equal = [
+        axis for axis in AXES if axis != TENSOR and axis not in axes_of(there)
+    ]  # along tensor tokens are equal too
 
     def local(w: Array) -> Array:
+        for d, axis in turned:
+            w = turn(w, axis, d, next(e for e in range(w.ndim) if axis in _tuple(there[e])))
         for d, axis in steps:
             w = joined(w, axis, d, to="reduced")
         return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
@@ -268,6 +287,11 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     return jax.shard_map(
         local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=frozenset(equal))
     )(w)
+
+
+def turn(shard: Array, axis: str, d: int, e: int) -> Array:
+    """Inside shard_map: what is split over a mesh axis along dimension d is split along e, each device's part as large as before."""
+    return jax.lax.all_to_all(shard, axis, split_axis=e, concat_axis=d, tiled=True) if axis_size(axis) > 1 else shard
 
 
 def joined(shard: Array, axis: str, d: int, to: Literal["varying", "reduced"] = "varying") -> Array:
@@ -345,7 +369,7 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
         return fn
 
     def layout(dims: str, x: Array) -> PartitionSpec:
-        share = {"DV": (None, EXPERT), "VD": (EXPERT,)}.get(dims)
+        share = {"DV": (None, (EXPERT, TENSOR)), "VD": ((EXPERT, TENSOR),)}.get(dims)
         return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
 
     def run(*arrays: Array) -> Any:
@@ -356,14 +380,29 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
 
 
 def vary(share: Array) -> Array:
-    """Inside `per_shard`: the head or the embedding, which differ along the expert axis alone, so that their gradient is
-    summed over the other devices."""
+    """Inside `per_shard`: the head or the embedding, which differ along the axes that share the vocabulary alone, so that their
+    gradient is summed over the other devices."""
     return jax.lax.pcast(share, NOT_EXPERT, to="varying") if active() else share
 
 
+def sharing() -> tuple[str, ...]:
+    """The axes above 1 whose devices have each a share of the vocabulary, for the same tokens once these are `gathered`."""
+    return tuple(axis for axis in (EXPERT, TENSOR) if axis_size(axis) > 1)
+
+
 def total(x: Array) -> Array:
-    """Inside `per_shard`: the sum over all devices of what is equal on those that share `gathered` rows."""
-    return jax.lax.psum(x, NOT_EXPERT if axis_size(EXPERT) > 1 else AXES) if active() else x
+    """Inside `per_shard`: the sum over all devices of what is equal on those that share the vocabulary."""
+    return jax.lax.psum(x, tuple(axis for axis in AXES if axis not in sharing())) if active() else x
+
+
+def copied(x: Array) -> Array:
+    """Inside shard_map: `x`, which is equal along the tensor axis, for a product with a part of a weight on each of its devices."""
+    return jax.lax.pcast(x, TENSOR, to="varying") if active() else x
+
+
+def summed(y: Array) -> Array:
+    """Inside shard_map: the sum along the tensor axis of such products."""
+    return jax.lax.psum(y, TENSOR) if active() else y
 
 
 def gathered(x: Array) -> Array:
@@ -387,7 +426,8 @@ def row(z: Array) -> Array:
 
 
 def own(x: Array) -> Array:
-    """Inside `per_shard`: what `gathered` had from this device."""
+    """Inside `per_shard`: what `gathered` had from this device; equal along the tensor axis, also where that is one device."""
+    x = summed(x) if axis_size(TENSOR) == 1 else x
     if axis_size(EXPERT) == 1:
         return x
     blocks = _blocks(x, axis_size(EXPERT))

@@ -301,9 +301,10 @@ class Mesh:
     expert: int = 1
     context: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a row of tokens
     pipeline: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # stages, each with its share of the MoE layers
+    tensor: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a layer's heads and hidden widths
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.expert, self.context, self.pipeline)
+        sizes = (self.data, self.fsdp, self.expert, self.context, self.pipeline, self.tensor)
         require(
             all(n >= 1 or n == -1 for n in sizes) and sizes.count(-1) <= 1,
             f"mesh {sizes}: sizes are positive, at most one is -1",

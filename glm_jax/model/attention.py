@@ -113,7 +113,7 @@ def attention(
         return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *shared)
 
     def output(y_BTNH, o_NHD):
-        return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2)
+        return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2, to="BTD")
 
     if cfg.remat != "none" and cache is None:
         rotate_and_attend, output = jax.checkpoint(rotate_and_attend, policy=KEPT), jax.checkpoint(output)

@@ -49,12 +49,12 @@ class Routing:
 
 def dense(p: Dense, x_BTD: Array) -> Array:
     h_BTF = swiglu(project(x_BTD, p.gate_DF), project(x_BTD, p.up_DF))
-    return project(h_BTF, p.down_FD)
+    return project(h_BTF, p.down_FD, to="BTD")
 
 
 def shared(p: Shared, x_BTD: Array) -> Array:
     h_BTM = swiglu(project(x_BTD, p.gate_DM), project(x_BTD, p.up_DM))
-    return project(h_BTM, p.down_MD)
+    return project(h_BTM, p.down_MD, to="BTD")
 
 
 def moe(

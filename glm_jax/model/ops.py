@@ -7,26 +7,31 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from glm_jax import mesh
 from pallas_kernels.choose import platform
 
 FEW_TOKENS = 32
 
 
-def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None) -> Array:
+def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "") -> Array:
     """x's last `ins` dimensions times a weight's first, the weight's others in their place: [B, T, D] with [D, N, H] is [B, T, N, H].
+    `to` names the result's letters where what is summed over may lie on several devices.
 
     Of few tokens a CPU's time goes in reading the weight, and it reads a product's first factor once, in order, where the second
     is copied first: there the weight comes first (and sampling holds it so that its inputs lie side by side).
     """
+    layout = mesh.out_sharding(to) if to else None
     if platform() != "cpu" or x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins]):
-        return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype)
+        return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
     outs = w.ndim - ins
     w = jnp.moveaxis(w, range(ins), range(-ins, 0))  # as sampling holds it
     contract = range(outs, w.ndim), range(x_BTD.ndim - ins, x_BTD.ndim)
     x_BTD, w = (
         z if dtype is None else z.astype(dtype) for z in (x_BTD, w)
     )  # this back end has no product of two types
-    y = jax.lax.dot_general(w, x_BTD, (contract, ((), ())))
+    if layout is not None:
+        layout = jax.sharding.PartitionSpec(*layout[-outs:], *layout[:-outs])
+    y = jax.lax.dot_general(w, x_BTD, (contract, ((), ())), out_sharding=layout)
     return jnp.moveaxis(y, range(outs), range(-outs, 0))
 
 

@@ -69,17 +69,19 @@ def _local(
     if mesh.active():
         tokens, *of_weights = layouts
         over = mesh.axes_of(tokens)
-        gate_EDM, up_EDM, down_EMD = (_whole(w, layout, over) for w, layout in zip(layer, of_weights, strict=True))
+        D_of = (1, 1, 2)  # the dimension that is split between steps
+        gate_EDM, up_EDM, down_EMD = (_whole(*one, over) for one in zip(layer, of_weights, D_of, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
-    x_XD, experts_XA, weights_XA = (z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA))
+    tokens_BT = x_BTD, experts_BTA, weights_BTA
+    x_XD, experts_XA, weights_XA = (mesh.copied(z.reshape(-1, z.shape[-1])) for z in tokens_BT)
     (implementation, dispatch), axis = how, mesh.axis_size(mesh.EXPERT)
     chunks, room = pieces(len(x_XD), experts_XA.shape[-1], axis, platform())
     products, by = Products(room, implementation), strategy(dispatch, len(x_XD), axis, platform())
     if chunks == 1 and by is gather:  # which jax differentiates, with more kept
-        return by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape)
+        return mesh.summed(by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape))
     x_CXD, experts_CXA, weights_CXA = (z.reshape(chunks, -1, z.shape[-1]) for z in (x_XD, experts_XA, weights_XA))
     y_CXD: Array = _in_turn(by, products, layer, (x_CXD, experts_CXA, weights_CXA))
-    return y_CXD.reshape(x_BTD.shape)
+    return mesh.summed(y_CXD.reshape(x_BTD.shape))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -111,15 +113,16 @@ def _in_turn_backward(
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
-def _whole(w: Array, layout: P, over: tuple[str, ...]) -> Array:
-    """This device's experts with their shards gathered, for tokens that are split `over` these axes; the gradient is scattered
-    as it is summed."""
-    missing = set(over) - {mesh.EXPERT}
-    for d in range(w.ndim):
-        axes = [axis for axis in mesh.axes_of(layout[d : d + 1]) if axis != mesh.EXPERT]
-        for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
-            w = mesh.joined(w, axis, d) if mesh.axis_size(axis) > 1 else w
-        missing -= set(axes)
+def _whole(w: Array, layout: P, D: int, over: tuple[str, ...]) -> Array:
+    """This device's experts with their shards gathered, of a part of their hidden width along the tensor axis, for tokens that are
+    split `over` these axes; the gradient is scattered as it is summed."""
+    axes = mesh.axes_of((layout[D],))
+    for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
+        if axis == mesh.TENSOR:
+            w = mesh.turn(w, axis, D, w.ndim - D)  # D and M are the last two dimensions
+        elif mesh.axis_size(axis) > 1:
+            w = mesh.joined(w, axis, D)
+    missing = {*over} - {mesh.EXPERT, *axes}
     return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
 
 

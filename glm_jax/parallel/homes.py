@@ -39,8 +39,9 @@ class Stack:
 
     @property
     def axes(self) -> tuple[str, ...]:
+        """Those above 1 that it is split over."""
         assert self.split is not None
-        return mesh.axes_of((mesh.at_rest(self.spec)[self.split],))
+        return _several(mesh.at_rest(self.spec)[self.split])
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -109,10 +110,15 @@ def share(kinds: Sequence[Kind]) -> list[list[int]]:
 def _kind(i: int, stack: Stack, x: Array) -> Kind:
     if stack.split is None:
         return Kind(i, 1, 1, x.size)
-    spread = mesh.axes_of(tuple(mesh.at_rest(stack.spec)[d] for d in stack.batch))
+    spread = _several(*(mesh.at_rest(stack.spec)[d] for d in stack.batch))
     homes, copies = (math.prod(map(mesh.axis_size, axes)) for axes in (stack.axes, spread))
     number = math.prod(x.shape[d] for d in stack.batch)
     return Kind((stack.axes, spread, x.shape[stack.split]), homes, number // copies, x.size // number)
+
+
+def _several(*layout: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes above 1 that dimensions lie split over."""
+    return tuple(axis for axis in mesh.axes_of(layout) if mesh.axis_size(axis) > 1)
 
 
 def _here(fn: Callable[[Array], Array], stack: Stack, x: Array) -> Array:

@@ -1,6 +1,6 @@
-"""The embedding's look-up where the vocabulary is split: the devices along the expert axis look their tokens up together,
-each in its own share of the table, and the rows go to where their tokens are. Neither the table nor its gradient is ever
-whole on a device.
+"""The embedding's look-up where the vocabulary is split: the devices along the expert and tensor axes look their tokens up
+together, each in its own share of the table, and the rows go to where their tokens are. Neither the table nor its gradient is
+ever whole on a device.
 """
 
 from functools import partial
@@ -17,10 +17,10 @@ def embed(table_VD: Array, ids_BT: Array) -> Array:
 
     def local(table_VD: Array, ids_BT: Array) -> Array:
         share = len(table_VD)
-        first = share * jax.lax.axis_index(mesh.EXPERT) if mesh.axis_size(mesh.EXPERT) > 1 else 0
+        first = share * jax.lax.axis_index(mesh.sharing()) if mesh.sharing() else 0
         here_X = mesh.gathered(ids_BT.reshape(-1)) - first
         here_X = jnp.where((here_X >= 0) & (here_X < share), here_X, share)  # others' rows are zero
-        x_XD = mesh.scattered(_rows(share, mesh.vary(table_VD), here_X))
+        x_XD = mesh.summed(mesh.scattered(_rows(share, mesh.vary(table_VD), here_X)))
         return x_XD.reshape(*ids_BT.shape, -1)
 
     return mesh.per_shard(local, ("VD", "BT"), "BTD")(table_VD, ids_BT)

@@ -11,6 +11,7 @@ it were balanced: the rows of a grouped product, and those that a ragged all-to-
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -232,11 +233,13 @@ def _smallest(work: Work, machine: Target) -> str:
         return f"A wider expert axis fits by arithmetic: {mesh.told(other.axes)}"
     for name in names(machine.kind):
         other = target(name)
-        expert, context = work.axes[mesh.EXPERT], work.axes[mesh.CONTEXT]
-        fsdp, left = divmod(other.count, expert * context)
-        if other.count <= machine.count or left or work.rows % (fsdp * expert) or work.run.model.D % other.count:
+        kept = {axis: work.axes[axis] for axis in (mesh.EXPERT, mesh.CONTEXT, mesh.TENSOR)}
+        fsdp, left = divmod(other.count, math.prod(kept.values()))
+        if other.count <= machine.count or left:
             continue
-        larger = dataclasses.replace(work, axes=mesh.sizes_of(Sizes(fsdp=fsdp, expert=expert, context=context)))
+        if work.rows % (fsdp * kept[mesh.EXPERT]) or work.run.model.D % other.count:
+            continue
+        larger = dataclasses.replace(work, axes=mesh.sizes_of(Sizes(fsdp=fsdp, **kept)))
         if _fits(larger, machine):
             return f"The smallest that fits by arithmetic: {name} with {mesh.told(larger.axes)}"
     return ""

@@ -43,9 +43,14 @@ class Work:
         return math.prod(self.axes.values())
 
     @property
+    def parts(self) -> int:
+        """Of all tokens: devices along the tensor axis have the same."""
+        return self.devices // self.axes[mesh.TENSOR]
+
+    @property
     def tokens(self) -> float:
         """Of one device."""
-        return self.rows * self.length / self.devices
+        return self.rows * self.length / self.parts
 
     @property
     def mtp_layers(self) -> int:
@@ -92,7 +97,10 @@ def operations(now: Work) -> dict[str, float]:
     No attention kernel keeps scores: the backward pass makes them again, and on a GPU twice, with their gradients, for those of
     queries come from a kernel of their own.
     """
-    cfg, tokens = now.run.model, now.tokens
+    cfg, tokens = (
+        now.run.model,
+        now.tokens / now.axes[mesh.TENSOR],
+    )  # router and MTP's projection, which are not split, are small
     mtp = now.mtp_layers > 0
     useful = tokens * counts.flops_per_token(cfg, now.length, training=True, mtp=mtp)
     again = 0.0
@@ -156,12 +164,19 @@ def _transfers(now: Work) -> Iterator[Transfer]:
         for i, axis in enumerate(gathered):  # one at a time, the last one first
             part = size / now.shards((gathered[:i],))
             yield (axis,), "all-gather", passes * part
-            yield (axis,), "reduce-scatter", part
-        left = tuple(axis for axis in mesh.AXES if axis not in at_rest)  # axes on which it is held more than once
+            if axis != mesh.TENSOR:  # along which a gradient is the same
+                yield (axis,), "reduce-scatter", part
+        if (
+            mesh.TENSOR in in_use and "V" not in spec.dims
+        ):  # turned from a part of D to one of heads or of a hidden width, and back
+            yield (mesh.TENSOR,), "all-to-all", (passes + 1) * width * spec.count / now.shards(at_rest)
+        # axes on which it is held more than once, and its gradient is not the same
+        left = tuple(axis for axis in mesh.AXES if axis not in (*at_rest, mesh.TENSOR))
         yield left, "all-reduce", 2 * width * spec.count / now.shards(at_rest)
     yield from _keys_to_queries(now)
     yield from _tokens_to_experts(now)
     yield from _tokens_to_vocabulary(now)
+    yield from _sums_of_parts(now)
     yield from _matrices_to_homes(now.run.optim, specs, now)
 
 
@@ -205,6 +220,15 @@ def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:
     yield (mesh.EXPERT,), "reduce-scatter", 2 * x
 
 
+def _sums_of_parts(now: Work) -> Iterator[Transfer]:
+    """Along tensor: of every layer attention's and the feed-forward part's sums, attention's once more for the backward pass, and the
+    gradients of what enters the two; the embedding's rows, and the gradient of each loss."""
+    cfg = now.run.model
+    x = now.tokens * cfg.D * itemsize(now)
+    of_layer = 4 if cfg.remat == "none" else 5
+    yield (mesh.TENSOR,), "all-reduce", 2 * x * (of_layer * now.layers + 2 * (1 + now.mtp_layers))
+
+
 def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer]:
     """Muon: every matrix to its home and back, equally many of one size to each home; of the head, X X^T summed over the
     shards at every step."""
@@ -213,7 +237,7 @@ def _matrices_to_homes(optim: Optim, specs: Any, now: Work) -> Iterator[Transfer
     for _, spec in leaves(specs):
         if owner(optim, spec) != "muon":
             continue
-        axes = mesh.axes_of(mesh.at_rest(spec))
+        axes = tuple(axis for axis in mesh.axes_of(mesh.at_rest(spec)) if now.axes[axis] > 1)
         split = tuple(axis for axis in axes if not ("E" in spec.batch and axis == mesh.EXPERT))
         if spec.kind == "head":
             yield split, "all-reduce", 2 * (optim.ns_steps + optim.ns_polish) * FLOAT32 * spec.shape[0] ** 2

@@ -23,7 +23,7 @@ def check(now: Work) -> None:
             f"mesh.context={now.axes[mesh.CONTEXT]} splits rows of tokens, and sampling reads them one by one; give its devices "
             "to expert or fsdp"
         )
-    for name, size, unit in (("batch", now.rows, now.devices), ("seq", now.length, 32)):
+    for name, size, unit in (("batch", now.rows, now.parts), ("seq", now.length, 32)):
         part = size // unit
         if size % unit or part & (part - 1):
             near = unit << max(0, math.ceil(math.log2(max(1, size) / unit)))
@@ -72,8 +72,8 @@ def memory(now: Work) -> dict[str, float]:
     cfg = now.run.model
     weights = sum(_bytes(now, name, spec) for name, spec in leaves(model.specs(cfg)))
     noted = BF16 * cfg.moe_layers * cfg.A + 2 * INT32  # of each token: its experts, and where it stands
-    token = counts.kv_bytes_per_token(cfg, itemsize(now)) + noted
-    return {"weights in use": weights, "cache": now.rows / now.devices * now.length * token}
+    token = counts.kv_bytes_per_token(cfg, itemsize(now)) / now.axes[mesh.TENSOR] + noted
+    return {"weights in use": weights, "cache": now.rows / now.parts * now.length * token}
 
 
 def wider(now: Work, room: float) -> Work | None:
@@ -104,15 +104,17 @@ def traffic(now: Work) -> dict[str, float]:
 
 
 def _transfers(now: Work) -> Iterator[Transfer]:
-    """Of every MoE layer tokens, choices and weights to the experts, sums back; of the embedding ids and rows."""
+    """Of every MoE layer tokens, choices and weights to the experts, sums back; of the embedding ids and rows. Along tensor the sums of
+    every layer's two halves, and the embedding's rows."""
     cfg = now.run.model
-    tokens = now.rows * (1 if now.step == "decode" else now.prompt) / now.devices
+    tokens = now.rows * (1 if now.step == "decode" else now.prompt) / now.parts
     there, back, rows = dispatched(now, tokens)
     width, everybodys = cfg.D * itemsize(now), tokens * now.axes[mesh.EXPERT]
     yield (mesh.EXPERT,), there, cfg.moe_layers * rows * (width + cfg.A * (INT32 + FLOAT32))
     yield (mesh.EXPERT,), back, cfg.moe_layers * rows * width
     yield (mesh.EXPERT,), "all-gather", everybodys * INT32
     yield (mesh.EXPERT,), "reduce-scatter", everybodys * width
+    yield (mesh.TENSOR,), "all-reduce", 2 * tokens * width * (2 * cfg.L + 1)
 
 
 def _bytes(now: Work, name: str, spec: Spec) -> float:

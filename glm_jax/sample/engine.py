@@ -409,7 +409,7 @@ def _batch_rows(count: int) -> int:
 
 def _shards() -> int:
     """Devices that share the rows of a batch."""
-    return math.prod(mesh.axis_size(axis) for axis in mesh.AXES)
+    return math.prod(mesh.axis_size(axis) for axis in mesh.BATCH)
 
 
 def _bucket(size: int, smallest: int) -> int:

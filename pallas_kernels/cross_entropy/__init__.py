@@ -38,14 +38,14 @@ def linear_softmax(
     targets_X: Int[Array, " X"],
     *of_token: Float[Array, " X"],
     temperature_X: Float[Array, " X"] | None = None,
-    vocabulary_axis: str | None = None,
+    vocabulary_axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Scored:
     """The sum over tokens of token_loss(log_prob_X, *of_token), with every target's log-probability and the normaliser.
 
     `token_loss` is an elementwise function of a target's log-probability and of what else is known of each token
     (weights, advantages). The sum is differentiable in x and w only. A token's logits are divided by its temperature.
-    With `vocabulary_axis`, a mesh axis of the `shard_map` around the call, w_DV is this device's columns of the matrix and
+    With `vocabulary_axis`, a mesh axis (or several) of the `shard_map` around the call, w_DV is this device's columns of the matrix and
     targets still number all columns; gradients are those of this device's columns, and x's sum over the axis is formed where
     the caller's pcast of x is transposed. Raises ValueError for shapes that do not fit or an unknown name.
     """

@@ -30,7 +30,9 @@ def chunk_tokens(tokens: int, vocabulary: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def linear_softmax(token_loss: TokenLoss, vocabulary_axis: str | None, x_XD: Array, w_DV: Array, *rows: Array):
+def linear_softmax(
+    token_loss: TokenLoss, vocabulary_axis: str | tuple[str, ...] | None, x_XD: Array, w_DV: Array, *rows: Array
+):
     """`rows`: targets, one over the temperature, and what `token_loss` takes besides. (loss, log-probabilities, lse)."""
 
     def chunk(total, piece):
@@ -42,7 +44,9 @@ def linear_softmax(token_loss: TokenLoss, vocabulary_axis: str | None, x_XD: Arr
     return _common(loss, vocabulary_axis), log_prob_X, lse_X
 
 
-def _forward(token_loss: TokenLoss, vocabulary_axis: str | None, x_XD: Array, w_DV: Array, *rows: Array):
+def _forward(
+    token_loss: TokenLoss, vocabulary_axis: str | tuple[str, ...] | None, x_XD: Array, w_DV: Array, *rows: Array
+):
     def chunk(carry, piece):
         total, dw_DV = carry
         x_CD, targets_C, sharpness_C, *of_token = piece
@@ -64,7 +68,7 @@ def _forward(token_loss: TokenLoss, vocabulary_axis: str | None, x_XD: Array, w_
 
 def _backward(
     token_loss: TokenLoss,
-    vocabulary_axis: str | None,
+    vocabulary_axis: str | tuple[str, ...] | None,
     saved: tuple[Array, Array, tuple[None, ...]],
     cotangents: tuple[Array, Array, Array],
 ):
@@ -82,7 +86,7 @@ def _zero(x_XD: Array) -> Array:
     return jnp.where(jnp.isnan(zero), 0, zero)
 
 
-def _common(loss: Array, vocabulary_axis: str | None) -> Array:
+def _common(loss: Array, vocabulary_axis: str | tuple[str, ...] | None) -> Array:
     """What is equal on all of the axis, known to be."""
     return loss if vocabulary_axis is None else jax.lax.pmean(loss, vocabulary_axis)
 
@@ -100,7 +104,7 @@ def _scan(step: Callable, carry, vocabulary: int, *rows: Array):
     return carry, values
 
 
-def _hits(vocabulary_axis: str | None, w_DV: Array, targets_C: Array) -> Array:
+def _hits(vocabulary_axis: str | tuple[str, ...] | None, w_DV: Array, targets_C: Array) -> Array:
     """Which of this device's columns is the target."""
     V = w_DV.shape[1]
     first = 0 if vocabulary_axis is None else V * jax.lax.axis_index(vocabulary_axis)
@@ -108,7 +112,7 @@ def _hits(vocabulary_axis: str | None, w_DV: Array, targets_C: Array) -> Array:
 
 
 def _log_prob(
-    vocabulary_axis: str | None, x_CD: Array, w_DV: Array, targets_C: Array, sharpness_C: Array
+    vocabulary_axis: str | tuple[str, ...] | None, x_CD: Array, w_DV: Array, targets_C: Array, sharpness_C: Array
 ) -> tuple[Array, Array, Array]:
     """Logits of this device's columns over the temperature; over all columns, log-sum-exp and the target's log-probability."""
     logits_CV = jnp.einsum("cd,dv->cv", x_CD, w_DV, preferred_element_type=jnp.float32) * sharpness_C[:, None]

@@ -22,11 +22,12 @@ STEPS = 10
 
 
 def meshes(devices: int) -> Iterator[Mesh]:
-    """Every mesh of so many devices, a power of two."""
+    """Every mesh of so many devices, a power of two, over which the model can be split."""
     powers = [2**n for n in range(devices.bit_length())]
     for sizes in itertools.product(powers, repeat=len(mesh.AXES)):
-        if math.prod(sizes) == devices:
-            yield Mesh(**dict(zip(mesh.AXES, sizes, strict=True)))
+        made = Mesh(**dict(zip(mesh.AXES, sizes, strict=True)))
+        if math.prod(sizes) == devices and CFG.K % made.tensor == 0 and CFG.moe_layers >= made.pipeline:
+            yield made
 
 
 def make(sizes: Mesh) -> jax.sharding.Mesh:

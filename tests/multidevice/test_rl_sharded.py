@@ -2,6 +2,7 @@
 own."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def test_eight_devices_sample_and_learn_as_one():
     assert done.returncode == 0, done.stderr
 
 
-def on(sizes: tuple[int, int, int]):
+def on(**sizes: int):
     """(ids and log-probabilities of each turn, metrics of two policy steps on them) over a mesh."""
     from glm_jax import config, losses, mesh, model
     from glm_jax.optim import optimizer
@@ -38,7 +39,7 @@ def on(sizes: tuple[int, int, int]):
         dtype="float32", max_positions=64,
     )  # fmt: skip
     tx = optimizer(config.Optim(name="adamw"), model.specs(cfg))
-    here = mesh.make(config.Mesh(*sizes), jax.devices()[: int(np.prod(sizes))])
+    here = mesh.make(config.Mesh(**sizes), jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(here):
         now = state.create(cfg, tx, 0)
         rows = len(TURNS[0])
@@ -81,7 +82,7 @@ def as_batch(said, experts: list[np.ndarray], rows: int, length: int) -> dict[st
 
 
 if __name__ == "__main__":
-    (drawn, told), (drawn_by_8, told_by_8) = on((1, 1, 1)), on((2, 2, 2))
+    (drawn, told), (drawn_by_8, told_by_8) = on(fsdp=1), on(fsdp=2, expert=2, tensor=2)
     for one, eight in zip(itertools.chain(*drawn), itertools.chain(*drawn_by_8), strict=True):
         assert (one is None) == (eight is None)
         if one:

@@ -14,7 +14,7 @@ from sharded_training import CFG, STEPS, check_weights, make, meshes, start, tra
 
 from glm_jax.config import Mesh, Model, replace
 
-SOME = (Mesh(data=2, fsdp=2, expert=2), Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=1, expert=2, context=4))
+SOME = (Mesh(data=2, fsdp=2, expert=2), Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=2, expert=2, tensor=2))
 PIPELINED = Mesh(pipeline=2, fsdp=2, expert=2)  # two of three MoE layers are shared by the stages
 SAVED_ON = Mesh(fsdp=4, expert=2)
 TIE = 1e-5  # between scores that rounding may order
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "meshes":
         one = trained(Mesh(fsdp=1))
         assert one[0][0] - one[0][-1] > 0.2, one[0]
-        some = [Mesh(fsdp=1, context=8), Mesh(data=2, fsdp=1, context=4), PIPELINED]
+        some = [Mesh(fsdp=1, context=8), Mesh(data=2, fsdp=1, context=2, tensor=2), PIPELINED]
         every = [sizes for devices in (2, 4, 8) for sizes in meshes(devices)]  # minutes: ALL_MESHES=1 asks for it
         check_meshes(every if "ALL_MESHES" in os.environ else some, one)
     if sys.argv[1] == "chunks":

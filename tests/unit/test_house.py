@@ -63,7 +63,7 @@ def test_only_mesh_names_the_axes():
         for path in SOURCES
         if path.is_relative_to(ROOT / "glm_jax") and path.name not in ("mesh.py", "pretrain.py")
         for node in ast.walk(tree(path))
-        if isinstance(node, ast.Constant) and node.value in ("pipeline", "fsdp", "expert", "context")
+        if isinstance(node, ast.Constant) and node.value in ("pipeline", "fsdp", "expert", "context", "tensor")
     }
     assert not named
 

@@ -14,13 +14,13 @@ from glm_jax.parallel import pipeline
 TINY = recipes.get("tiny").model
 
 
-def abstract(data: int, fsdp: int, expert: int, context: int = 1, pipeline: int = 1) -> AbstractMesh:
-    return mesh.abstract(config.Mesh(data, fsdp, expert, context, pipeline))
+def abstract(data: int, fsdp: int, expert: int, context: int = 1, pipeline: int = 1, tensor: int = 1) -> AbstractMesh:
+    return mesh.abstract(config.Mesh(data, fsdp, expert, context, pipeline, tensor))
 
 
 def test_one_device_is_a_mesh_of_size_one():
     made = mesh.make(config.Mesh(), jax.devices()[:1])
-    assert dict(made.shape) == {"data": 1, "pipeline": 1, "fsdp": 1, "context": 1, "expert": 1}
+    assert dict(made.shape) == {"data": 1, "pipeline": 1, "fsdp": 1, "context": 1, "expert": 1, "tensor": 1}
     assert set(made.axis_types) == {AxisType.Explicit}
 
 
@@ -45,6 +45,13 @@ def test_width_that_cannot_be_split():
         ConfigError, match=r"D=128 cannot be split over fsdp axis of 3; use a divisor of 128 for mesh.fsdp"
     ):
         mesh.check(abstract(1, 3, 1), model.specs(TINY), rows=3, length=256)
+
+
+def test_heads_that_cannot_be_split():
+    with pytest.raises(
+        ConfigError, match=r"k_DKH: K=2 cannot be split over tensor axis of 4; use a divisor of 2 for mesh.tensor"
+    ):
+        mesh.check(abstract(1, 1, 1, tensor=4), model.specs(TINY), rows=2, length=256)
 
 
 def test_rows_that_cannot_be_split():
@@ -97,15 +104,20 @@ def test_layouts_follow_the_letters():
     specs = model.specs(TINY)
     experts, router = specs.moe.ffn.gate_EDM, specs.moe.ffn.router_DE
     assert experts.dims == "LEDM"
-    assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context", "pipeline"), None)
-    assert mesh.in_stages(experts) == P("pipeline", "expert", ("fsdp", "context"), None)  # its own layers, no others
-    assert mesh.in_use(experts) == P(None, "expert", None, None)  # the fsdp shards have been gathered
-    everything = ("fsdp", "context", "expert", "pipeline")
+    assert mesh.at_rest(experts) == P(None, "expert", ("fsdp", "context", "pipeline", "tensor"), None)
+    # its own layers, no others
+    assert mesh.in_stages(experts) == P("pipeline", "expert", ("fsdp", "context", "tensor"), None)
+    assert mesh.in_use(experts) == P(None, "expert", None, "tensor")  # the fsdp shards have been gathered
+    everything = ("fsdp", "context", "expert", "pipeline", "tensor")
     assert mesh.at_rest(router) == P(None, everything, None)  # its E does not follow the experts'
-    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "fsdp", "context", "pipeline"))
-    assert mesh.in_use(specs.head_DV) == P(None, "expert")  # a loss works on a share of the vocabulary
-    assert mesh.at_rest(specs.embed_VD) == P(("expert", "fsdp", "context", "pipeline"), None)
-    assert mesh.in_use(specs.embed_VD) == P("expert", None)  # and so does the look-up
+    assert mesh.at_rest(specs.head_DV) == P(None, ("expert", "tensor", "fsdp", "context", "pipeline"))
+    assert mesh.in_use(specs.head_DV) == P(None, ("expert", "tensor"))  # a loss works on a share of the vocabulary
+    assert mesh.at_rest(specs.embed_VD) == P(("expert", "tensor", "fsdp", "context", "pipeline"), None)
+    assert mesh.in_use(specs.embed_VD) == P(("expert", "tensor"), None)  # and so does the look-up
+    queries = model.specs(recipes.get("glm45").model).moe.attention
+    assert mesh.at_rest(queries.q_DNH) == P(None, everything, None, None)
+    assert mesh.in_use(queries.q_DNH) == P(None, None, "tensor", None)
+    assert mesh.activation("BTNH") == P(("pipeline", "data", "fsdp", "expert"), "context", "tensor", None)
     assert mesh.activation("BTD") == P(("pipeline", "data", "fsdp", "expert"), "context", None)
 
 

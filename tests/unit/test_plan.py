@@ -337,9 +337,11 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
     assert sum(row["bytes"] for row in found["collectives"].values()) / 600e9 == found["roofline_s"]["network"]
 
     path = tmp_path / "plan_glm45.json"
-    path.write_text(json.dumps(found | {"peak_rss_gb": 4.0}))
-    assert "| glm45 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 20.00 (12.00) of 95 |" in script.table(
-        [path]
+    changed = script._changed(replace(GLM45, **{"optim.momentum_dtype": "bfloat16", "mesh.expert": 4}))
+    path.write_text(json.dumps(found | {"peak_rss_gb": 4.0, "changed": changed}))
+    assert (
+        "| glm45, momentum_dtype bfloat16 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 20.00 (12.00) of 95 |"
+        in script.table([path])
     )
     assert "arguments 5.25, temporaries 20.00; at the peak 17.25 GiB of 95.0: fits" in script.told(
         json.loads(path.read_text())
