@@ -45,6 +45,8 @@ class Model:
     dispatch: Dispatch | None = field(default=None, metadata=SILENT_AT_DEFAULT)
     # with mesh.pipeline: parts of a microbatch's rows that follow each other through the stages, for each stage
     microbatches_per_stage: int = field(default=4, metadata=SILENT_AT_DEFAULT)
+    # and how often they do: a stage's layers in as many groups, with those of the others between them
+    pipeline_rounds: int = field(default=1, metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
         for letter in "VDLNKHFMEA":
@@ -61,10 +63,8 @@ class Model:
             f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
         )
         require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
-        require(
-            self.microbatches_per_stage >= 1,
-            f"microbatches_per_stage={self.microbatches_per_stage} must be at least 1",
-        )
+        for name in ("microbatches_per_stage", "pipeline_rounds"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
             0 <= self.rotary + self.rotary % 2 <= self.H,

@@ -145,7 +145,7 @@ def hidden(  # noqa: PLR0913 (as forward)
     x_BTD, cache, _ = _layers(cfg, params.dense, None, x_BTD, at, cache, 0)
     given_LBTA = None if experts_BTLA is None else jnp.moveaxis(mesh.constrain(experts_BTLA, "BTLA"), 2, 0)
     bias_LE = router_bias_LE[: cfg.moe_layers]
-    depth = pipeline.depth(cfg.moe_layers) if cache is None and given_LBTA is None else 0
+    depth = pipeline.depth(cfg.moe_layers, cfg.pipeline_rounds) if cache is None and given_LBTA is None else 0
     if depth:
         x_BTD, routing = _pipelined(cfg, params.moe, bias_LE, x_BTD, at, depth)
     else:
@@ -208,16 +208,19 @@ def _pipelined(cfg: Model, stack: Any, bias_LE: Array, x_BTD: Array, at: Places,
         sums = routing.load_E, routing.balance * real_rows(at)
         return x_BTD, (sums, routing.experts_BTA)
 
+    rounds = cfg.pipeline_rounds
     staged, left = (jax.tree.map(lambda z, i=i: z[i], (stack, bias_LE)) for i in (slice(depth), slice(depth, None)))
+    staged = pipeline.by_stage(staged, rounds)
     layers = (
         mesh.spread(staged[0], specs(cfg).moe, cfg.dtype, mesh.in_stages),
         mesh.spread(staged[1], router_bias_spec(cfg), jnp.float32, mesh.in_stages),
     )
     x_BTD, (load_LE, balance_L), experts_LBTA = pipeline.through_stages(
-        layer, layers, x_BTD, at, cfg.microbatches_per_stage
+        layer, layers, x_BTD, at, cfg.microbatches_per_stage, rounds
     )
     balance_L = balance_L / jnp.maximum(real_rows(at), 1)
     routing = Routing(mesh.whole(load_LE, ()), mesh.whole(balance_L, ()), mesh.constrain(experts_LBTA, "LBTA"))
+    routing = pipeline.by_layer(routing, rounds)
     if depth == cfg.moe_layers:
         return x_BTD, routing
     x_BTD, _, last = _layers(cfg, left[0], left[1], x_BTD, at, None, 0)

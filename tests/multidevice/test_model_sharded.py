@@ -22,6 +22,7 @@ CFG = Model(
     V=64, D=16, L=3, dense_layers=1, N=4, K=2, H=8, F=24, M=12, E=8, A=2, max_positions=64, rope_theta=1e4,
     dtype="float32", remat="layer",
 )  # fmt: skip
+DEEP = replace(CFG, L=10)  # of nine MoE layers the stages have eight
 ROWS, LENGTH = 8, 16
 
 
@@ -32,11 +33,11 @@ def test_eight_devices_compute_what_one_does():
     assert done.returncode == 0, done.stderr
 
 
-def packed_batch():
+def packed_batch(rows=ROWS):
     """Random tokens in rows of two documents each, some with padding behind."""
     random = np.random.default_rng(0)
-    ids_BT, targets_BT, mtp_targets_BT = random.integers(0, CFG.V, (3, ROWS, LENGTH)).astype(np.int32)
-    split_B1, end_B1 = random.integers(3, 8, (ROWS, 1)), random.integers(10, LENGTH + 1, (ROWS, 1))
+    ids_BT, targets_BT, mtp_targets_BT = random.integers(0, CFG.V, (3, rows, LENGTH)).astype(np.int32)
+    split_B1, end_B1 = random.integers(3, 8, (rows, 1)), random.integers(10, LENGTH + 1, (rows, 1))
     at_T = np.arange(LENGTH)
     segments_BT = ((1 + (at_T >= split_B1)) * (at_T < end_B1)).astype(np.int32)
     positions_BT = (at_T - np.where(segments_BT == 2, split_B1, 0)).astype(np.int32)
@@ -47,12 +48,12 @@ def packed_batch():
     }  # fmt: skip
 
 
-def random_model():
+def random_model(cfg=CFG):
     noise = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda spec: (0.3 * noise.normal(size=spec.shape) + (spec.kind == "norm")).astype(np.float32), model.specs(CFG)
+        lambda spec: (0.3 * noise.normal(size=spec.shape) + (spec.kind == "norm")).astype(np.float32), model.specs(cfg)
     )
-    return params, (0.2 * noise.normal(size=(CFG.router_rows, CFG.E))).astype(np.float32)
+    return params, (0.2 * noise.normal(size=(cfg.router_rows, cfg.E))).astype(np.float32)
 
 
 @partial(jax.jit, static_argnames="cfg")  # compiled once for a mesh and a dispatch
@@ -62,16 +63,16 @@ def loss_and_gradient(params, router_bias_LE, batch, cfg=CFG):
     return jax.value_and_grad(step.loss_fn, has_aux=True)(params, cfg, router_bias_LE, batch, 0.3, totals)
 
 
-def check_loss_and_gradient(there, favour_E=(0.0,) * CFG.E, dispatch="gather"):
-    """`favour_E` is added to the balance bias."""
-    params, router_bias_LE = random_model()
+def check_loss_and_gradient(there, favour_E=(0.0,) * CFG.E, cfg=CFG, rows=ROWS, **changes):
+    """`favour_E` is added to the balance bias; `changes` are those of `cfg` on the mesh."""
+    params, router_bias_LE = random_model(cfg)
     router_bias_LE += np.array(favour_E, np.float32)
-    batch = packed_batch()
-    (loss, metrics), gradient = loss_and_gradient(params, router_bias_LE, batch)
+    batch = packed_batch(rows)
+    (loss, metrics), gradient = loss_and_gradient(params, router_bias_LE, batch, cfg)
     with jax.set_mesh(there):
-        layout = mesh.shardings(there, model.specs(CFG))
+        layout = mesh.shardings(there, model.specs(cfg))
         placed = jax.device_put(params, layout), router_bias_LE, mesh.placed(zigzag(batch, dim=1))
-        (sharded_loss, sharded_metrics), sharded = loss_and_gradient(*placed, replace(CFG, dispatch=dispatch))
+        (sharded_loss, sharded_metrics), sharded = loss_and_gradient(*placed, replace(cfg, **changes))
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
     real = (batch["segments"] > 0).sum()
     np.testing.assert_array_equal(metrics["load_LE"].sum(axis=1), CFG.A * real)  # no choice is dropped
@@ -92,7 +93,7 @@ def check_extremes(there, dispatch):
     one[3], few[:2], idle[:: CFG.A] = 100, 100, -100
     assert (idle < 0).sum() == CFG.E / CFG.A
     for favour_E in (one, few, idle):
-        check_loss_and_gradient(there, favour_E, dispatch)
+        check_loss_and_gradient(there, favour_E, dispatch=dispatch)
 
 
 def check_text(there):
@@ -116,6 +117,13 @@ if __name__ == "__main__":
         check_loss_and_gradient(mesh_of_eight)
     check_loss_and_gradient(mesh.make(Mesh(fsdp=2, expert=4)), dispatch="ragged")
     check_extremes(mesh.make(Mesh(fsdp=1, expert=8)), "ragged")
+    for sizes, most in (  # as many parts as stages: what comes back goes on at once; twice as many: it waits
+        (Mesh(pipeline=2, fsdp=2, expert=2), 1),
+        (Mesh(pipeline=2, fsdp=2, expert=2), 2),
+        (Mesh(pipeline=4, fsdp=2), 2),
+    ):
+        changes = {"pipeline_rounds": 2, "microbatches_per_stage": most}
+        check_loss_and_gradient(mesh.make(sizes), cfg=DEEP, rows=16, **changes)
     check_text(eight)
     expert.ROUTED_ROWS["cpu"] = 16  # half of what a device has
     for sizes in (Mesh(data=2, fsdp=1, expert=4), Mesh(fsdp=1, expert=4, context=2)):

@@ -86,6 +86,28 @@ def test_stages_without_layers():
         pipeline.check(abstract(1, 1, 1, pipeline=4), few, rows=16)
 
 
+def test_rounds_without_layers():
+    message = (
+        r"4 MoE layers are not enough for each of mesh.pipeline=2 stages to have one in each of model.pipeline_rounds=3 rounds; "
+        r"use at most 2 rounds"
+    )
+    with pytest.raises(ConfigError, match=message):
+        pipeline.check(abstract(1, 1, 1, pipeline=2), replace(TINY, pipeline_rounds=3), rows=16)
+    pipeline.check(abstract(1, 1, 1, pipeline=2), replace(TINY, pipeline_rounds=2), rows=16)
+    pipeline.check(abstract(1, 1, 1), replace(TINY, pipeline_rounds=5), rows=16)
+    with pytest.raises(ConfigError, match=r"pipeline_rounds=0 must be at least 1"):
+        replace(TINY, pipeline_rounds=0)
+
+
+def test_a_stage_has_its_layers_side_by_side(monkeypatch):
+    monkeypatch.setattr(pipeline, "axis_size", lambda _: 2)
+    assert pipeline.depth(13, rounds=3) == 12
+    layers = jnp.arange(12)[:, None] * jnp.ones(3, jnp.int32)
+    staged = pipeline.by_stage(layers, rounds=3)
+    assert staged[:, 1].tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+    assert pipeline.by_layer(staged, rounds=3).tolist() == layers.tolist()
+
+
 def test_sampling_does_not_split_rows_of_tokens():
     with (
         jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 2)),
