@@ -331,7 +331,10 @@ def _dkv_kernel(  # noqa: PLR0915 (three warpgroups)
     k_smem, v_smem, k_at_smem, q_smem, dy_smem, stats_smem, q_at_smem, own_full, full, empty,
     *, scale: float, stages: int,
 ):  # fmt: skip
-    head, tile, row, warpgroup = (lax.axis_index(name) for name in ("head", "tile", "row", "warpgroup"))
+    def indices():
+        return (lax.axis_index(name) for name in ("head", "tile", "row", "warpgroup"))
+
+    head, tile, row, warpgroup = indices()
     H, block, group = q_BTNH.shape[3], q_smem.shape[1], jnp.int32(q_BTNH.shape[2] // k_BSKH.shape[2])
 
     def load(step, _):
@@ -380,7 +383,11 @@ def _dkv_kernel(  # noqa: PLR0915 (three warpgroups)
             lax.fori_loop(0, visited - unmasked, _masked(block_of, unmasked), None)
             return dk_iH[...], dv_iH[...]
 
-        dk_iH, dv_iH = pl.run_scoped(sums, *2 * (plgpu.WGMMAAccumulatorRef((ROWS, H)),))
+        write(*pl.run_scoped(sums, *2 * (plgpu.WGMMAAccumulatorRef((ROWS, H)),)))
+
+    def write(dk_iH, dv_iH):
+        head, tile, row, warpgroup = indices()  # anew: held over the loops, they cost registers that are not there
+        keys = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
         k_smem[warpgroup] = (dk_iH * scale).astype(BF16)
         v_smem[warpgroup] = dv_iH.astype(BF16)
         plgpu.commit_smem()

@@ -29,10 +29,10 @@ def attention_and_gradients(q, k, v, positions, segments, dy):
     return y, *vjp(dy)
 
 
-def assert_uses_the_tensor_cores_without_waiting(code: analysis.MachineCode, spills: int = 0) -> None:
+def assert_uses_the_tensor_cores_without_waiting(code: analysis.MachineCode) -> None:
     assert code.wgmma > 0
     assert code.hgmma is None or code.hgmma >= code.wgmma  # in machine code, where there is a tool to look
-    assert code.spill_bytes <= spills
+    assert code.spill_bytes == 0
     assert not [line for line in code.warnings if "serialized" in line]
 
 
@@ -52,8 +52,6 @@ def test_attention_of_131072_tokens():
     q, k, at = _of(1, T, N, H), _of(1, T, K, H), _of(1, T, dtype=jnp.int32)
     figures = analysis.hopper(attention_and_gradients, (q, k, k, at, at, q))
     assert figures.temporary_bytes < 0.2 * 2**30  # statistics and lists of blocks
-    forward, dkv, dq = sorted(figures.machine_code, key=lambda code: code.kernel)
-    for code in (forward, dq):
+    assert len(figures.machine_code) == 3
+    for code in figures.machine_code:
         assert_uses_the_tensor_cores_without_waiting(code)
-    # Falls short: 12 bytes stored and 16 loaded, which ptxas tells twice.
-    assert_uses_the_tensor_cores_without_waiting(dkv, spills=2 * 28)
