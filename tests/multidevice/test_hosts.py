@@ -117,7 +117,7 @@ def check_rows() -> None:
     assert check(config.Mesh(context=4, expert=2)) == (0, 1)  # both hold all rows, of each other tokens
     devices = np.array(jax.devices())
     assert check(config.Mesh(data=2, fsdp=4), devices.reshape(2, 2, 2).swapaxes(0, 1)) == (me, 2)  # rows by turns
-    mixed = jax.sharding.Mesh(devices[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(1, 1, 2, 2, 2), mesh.AXES)
+    mixed = jax.sharding.Mesh(devices[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(1, 1, 2, 2, 2, 1), mesh.AXES)
     with pytest.raises(ConfigError, match="processes hold some of each other's rows"):
         mesh.process_share(mixed, ROWS)
 
