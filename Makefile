@@ -17,8 +17,8 @@ quickstart: $(VENV)/installed  ## raw documents -> one hybrid miniature -> runs/
 smoke: $(VENV)/installed  ## the same in a few steps of each stage, for continuous integration
 	$(BIN)/python -m experiments.quickstart --recipe smoke --out runs/smoke
 
-test: $(VENV)/installed-dev  ## every test
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev  ## every test, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -43,6 +43,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "pyright[nodejs]>=1.1.400",  # brings its own node: no other install, nothing fetched when it runs

@@ -34,7 +34,7 @@ def processes(count: int, devices: int, *command: str) -> list[str]:
                 [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
-    told = [process.communicate(timeout=1000) for process in started]
+    told = [process.communicate(timeout=2000) for process in started]
     assert [process.returncode for process in started] == [0] * count, "\n".join(error for _, error in told)
     return [out for out, _ in told]
 

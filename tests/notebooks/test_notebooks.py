@@ -23,4 +23,4 @@ def test_the_pair_is_in_step(path):
 def test_every_cell_runs(path, monkeypatch):
     monkeypatch.setenv("TOUR_STEPS", "4")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    nbclient.NotebookClient(jupytext.read(path), timeout=500, resources={"metadata": {"path": ROOT}}).execute()
+    nbclient.NotebookClient(jupytext.read(path), timeout=1500, resources={"metadata": {"path": ROOT}}).execute()
