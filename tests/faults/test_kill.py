@@ -74,7 +74,7 @@ def _start(out: Path) -> subprocess.Popen:
 
 def _kill_when(out: Path, now: Callable[[], bool]) -> None:
     run = _start(out)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not now() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
