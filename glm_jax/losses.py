@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_jax import mesh
+from glm_jax.parallel import collectives
 from pallas_kernels.cross_entropy import linear_softmax, negative_log_likelihood
 
 
@@ -63,17 +64,17 @@ def _over_shards(
     that share it take their tokens together, each with its part of the vocabulary."""
 
     def local(hidden_BTD, head_DV, *of_token):
-        x_XD = mesh.copied(mesh.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
-        flat = (mesh.gathered(z.reshape(-1)) for z in of_token)
+        x_XD = collectives.copied(collectives.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
+        flat = (collectives.gathered(z.reshape(-1)) for z in of_token)
         value, per_token_X, _ = linear_softmax(
             token_loss,
             x_XD,
-            mesh.vary(head_DV),
+            collectives.vary(head_DV),
             *flat,
-            vocabulary_axis=mesh.sharing() or None,
+            vocabulary_axis=collectives.sharing() or None,
             implementation=implementation,
         )
-        return mesh.total(value), mesh.own(per_token_X).reshape(of_token[0].shape)
+        return collectives.total(value), collectives.own(per_token_X).reshape(of_token[0].shape)
 
     run = mesh.per_shard(local, ("BTD", "DV", *["BT"] * len(of_token)), ("", "BT"))
     return run(hidden_BTD, head_DV, *(mesh.constrain(z, "BT") for z in of_token))

@@ -379,68 +379,9 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
     return run
 
 
-def vary(share: Array) -> Array:
-    """Inside `per_shard`: the head or the embedding, which differ along the axes that share the vocabulary alone, so that their
-    gradient is summed over the other devices."""
-    return jax.lax.pcast(share, NOT_EXPERT, to="varying") if active() else share
-
-
-def sharing() -> tuple[str, ...]:
-    """The axes above 1 whose devices have each a share of the vocabulary, for the same tokens once these are `gathered`."""
-    return tuple(axis for axis in (EXPERT, TENSOR) if axis_size(axis) > 1)
-
-
-def total(x: Array) -> Array:
-    """Inside `per_shard`: the sum over all devices of what is equal on those that share the vocabulary."""
-    return jax.lax.psum(x, tuple(axis for axis in AXES if axis not in sharing())) if active() else x
-
-
-def copied(x: Array) -> Array:
-    """Inside shard_map: `x`, which is equal along the tensor axis, for a product with a part of a weight on each of its devices."""
-    return jax.lax.pcast(x, TENSOR, to="varying") if active() else x
-
-
-def summed(y: Array) -> Array:
-    """Inside shard_map: the sum along the tensor axis of such products."""
-    return jax.lax.psum(y, TENSOR) if active() else y
-
-
-def gathered(x: Array) -> Array:
-    """Inside `per_shard`: the rows of all devices along the expert axis, a block of each device's in turn."""
-    if axis_size(EXPERT) == 1:
-        return x
-    return jax.lax.all_gather(_blocks(x, 1), EXPERT, axis=1, tiled=True).reshape(-1, *x.shape[1:])
-
-
-def scattered(x: Array) -> Array:
-    """Inside `per_shard`: of rows that `gathered` brought together, this device's, summed along the expert axis."""
-    if axis_size(EXPERT) == 1:
-        return x
-    blocks = _blocks(x, axis_size(EXPERT))
-    return jax.lax.psum_scatter(blocks, EXPERT, scatter_dimension=1, tiled=True).reshape(-1, *x.shape[1:])
-
-
 def row(z: Array) -> Array:
     """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
     return _apart(z, CONTEXT, 1, "varying") if axis_size(CONTEXT) > 1 else z
-
-
-def own(x: Array) -> Array:
-    """Inside `per_shard`: what `gathered` had from this device; equal along the tensor axis, also where that is one device."""
-    x = summed(x) if axis_size(TENSOR) == 1 else x
-    if axis_size(EXPERT) == 1:
-        return x
-    blocks = _blocks(x, axis_size(EXPERT))
-    rows = blocks.shape[1] // axis_size(EXPERT)
-    mine = jax.lax.dynamic_slice_in_dim(blocks, jax.lax.axis_index(EXPERT) * rows, rows, axis=1)
-    return mine.reshape(-1, *x.shape[1:])
-
-
-def _blocks(x: Array, devices: int) -> Array:
-    """[blocks, rows of a block from so many devices, ...]. Scattered along an inner dimension, a sum travels as it is; along
-    the outermost, TPU's compiler pads it and sends a part of it twice."""
-    rows = x.shape[0] // devices
-    return x.reshape(rows // BLOCK if rows % BLOCK == 0 else 1, -1, *x.shape[1:])
 
 
 def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:

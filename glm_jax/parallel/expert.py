@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from glm_jax import mesh
-from glm_jax.parallel import exchange, gather, ragged
+from glm_jax.parallel import collectives, exchange, gather, ragged
 from glm_jax.parallel.products import ROOM, Layer, Products, Tokens
 from pallas_kernels.choose import platform
 
@@ -73,15 +73,15 @@ def _local(
         gate_EDM, up_EDM, down_EMD = (_whole(*one, over) for one in zip(layer, of_weights, D_of, strict=True))
         layer = gate_EDM, up_EDM, down_EMD
     tokens_BT = x_BTD, experts_BTA, weights_BTA
-    x_XD, experts_XA, weights_XA = (mesh.copied(z.reshape(-1, z.shape[-1])) for z in tokens_BT)
+    x_XD, experts_XA, weights_XA = (collectives.copied(z.reshape(-1, z.shape[-1])) for z in tokens_BT)
     (implementation, dispatch), axis = how, mesh.axis_size(mesh.EXPERT)
     chunks, room = pieces(len(x_XD), experts_XA.shape[-1], axis, platform())
     products, by = Products(room, implementation), strategy(dispatch, len(x_XD), axis, platform())
     if chunks == 1 and by is gather:  # which jax differentiates, with more kept
-        return mesh.summed(by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape))
+        return collectives.summed(by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape))
     x_CXD, experts_CXA, weights_CXA = (z.reshape(chunks, -1, z.shape[-1]) for z in (x_XD, experts_XA, weights_XA))
     y_CXD: Array = _in_turn(by, products, layer, (x_CXD, experts_CXA, weights_CXA))
-    return mesh.summed(y_CXD.reshape(x_BTD.shape))
+    return collectives.summed(y_CXD.reshape(x_BTD.shape))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

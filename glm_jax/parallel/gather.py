@@ -8,23 +8,24 @@ import jax
 from jax import Array
 
 from glm_jax import mesh
+from glm_jax.parallel import collectives
 from glm_jax.parallel.products import Layer, Products, Tokens
 
 
 def forward(products: Products, layer: Layer, tokens: Tokens) -> Array:
-    return mesh.scattered(products.mlp(layer, _gathered(layer, tokens)))
+    return collectives.scattered(products.mlp(layer, _gathered(layer, tokens)))
 
 
 def backward(products: Products, layer: Layer, tokens: Tokens, dy_XD: Array, sums: Layer) -> tuple[Array, Array, Layer]:
     """Gradients of x and weights; and `sums` with those of the layer added."""
     gathered = _gathered(layer, tokens)
-    dx_XD, dweights_XA, sums = products.gradients(layer, gathered, mesh.gathered(dy_XD), sums)
-    return mesh.scattered(dx_XD), mesh.scattered(dweights_XA), sums
+    dx_XD, dweights_XA, sums = products.gradients(layer, gathered, collectives.gathered(dy_XD), sums)
+    return collectives.scattered(dx_XD), collectives.scattered(dweights_XA), sums
 
 
 def _gathered(layer: Layer, tokens: Tokens) -> Tokens:
     """The tokens of the expert axis; of their choices those of experts elsewhere fall outside 0..E-1."""
     if not mesh.active():
         return tokens
-    x_XD, experts_XA, weights_XA = map(mesh.gathered, tokens)
+    x_XD, experts_XA, weights_XA = map(collectives.gathered, tokens)
     return x_XD, experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(layer[0]), weights_XA

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from glm_jax import mesh
+from glm_jax.parallel import collectives
 
 
 def embed(table_VD: Array, ids_BT: Array) -> Array:
@@ -17,10 +18,10 @@ def embed(table_VD: Array, ids_BT: Array) -> Array:
 
     def local(table_VD: Array, ids_BT: Array) -> Array:
         share = len(table_VD)
-        first = share * jax.lax.axis_index(mesh.sharing()) if mesh.sharing() else 0
-        here_X = mesh.gathered(ids_BT.reshape(-1)) - first
+        first = share * jax.lax.axis_index(collectives.sharing()) if collectives.sharing() else 0
+        here_X = collectives.gathered(ids_BT.reshape(-1)) - first
         here_X = jnp.where((here_X >= 0) & (here_X < share), here_X, share)  # others' rows are zero
-        x_XD = mesh.summed(mesh.scattered(_rows(share, mesh.vary(table_VD), here_X)))
+        x_XD = collectives.summed(collectives.scattered(_rows(share, collectives.vary(table_VD), here_X)))
         return x_XD.reshape(*ids_BT.shape, -1)
 
     return mesh.per_shard(local, ("VD", "BT"), "BTD")(table_VD, ids_BT)
