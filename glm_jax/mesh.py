@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -27,6 +28,7 @@ OPTIONAL = (PIPELINE, TENSOR)  # told only where they split something
 BATCH = (PIPELINE, "data", FSDP, EXPERT)
 NOT_EXPERT = ("data", PIPELINE, FSDP, CONTEXT)
 SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp; pipeline too, always the innermost
+WHOLE_ROW = "whole_row"  # what `row` brought together
 BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
@@ -380,8 +382,9 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
 
 
 def row(z: Array) -> Array:
-    """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis."""
-    return _apart(z, CONTEXT, 1, "varying") if axis_size(CONTEXT) > 1 else z
+    """Inside `per_shard`: `z`, [B, T, ...], of all tokens of its rows, from the devices along the context axis, named for what
+    rematerialisation may keep."""
+    return checkpoint_name(_apart(z, CONTEXT, 1, "varying"), WHOLE_ROW) if axis_size(CONTEXT) > 1 else z
 
 
 def _layout(spec: Spec, experts: Rules, vocabulary: Rules, others: Rules) -> PartitionSpec:

@@ -12,8 +12,9 @@ from glm_jax.model.ops import project, rms_norm, rope, rotary_angles
 from glm_jax.spec import bias, declare, norm, part, weight
 from pallas_kernels.attention import attention as attention_kernel
 
-# Of a layer's attention for its backward pass, beside what goes in: queries are rotated again, for they are as large as the result.
-KEPT = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+# Of a layer's attention for its backward pass, beside what goes in: queries are rotated again, for they are as large as the result,
+# but keys are not gathered again.
+KEPT = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse", mesh.WHOLE_ROW)
 
 
 @struct.dataclass
