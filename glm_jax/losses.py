@@ -64,7 +64,7 @@ def _over_shards(
     that share it take their tokens together, each with its part of the vocabulary."""
 
     def local(hidden_BTD, head_DV, *of_token):
-        x_XD = collectives.copied(collectives.gathered(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
+        x_XD = collectives.gathered(collectives.copied(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
         flat = (collectives.gathered(z.reshape(-1)) for z in of_token)
         value, per_token_X, _ = linear_softmax(
             token_loss,

@@ -26,20 +26,18 @@ AXES = ("data", PIPELINE, FSDP, CONTEXT, EXPERT, TENSOR)
 OPTIONAL = (PIPELINE, TENSOR)  # told only where they split something
 # Rows of tokens are split over these, the tokens of a row over context. Pipeline comes first: `parallel.pipeline` takes it off.
 BATCH = (PIPELINE, "data", FSDP, EXPERT)
-NOT_EXPERT = ("data", PIPELINE, FSDP, CONTEXT)
-SHARDS = (FSDP, CONTEXT)  # of weights, to which context is more of fsdp; pipeline too, always the innermost
+SHARING = (EXPERT, TENSOR)  # whose devices have each a share of the vocabulary
+# Of weights, to which context is more of fsdp; pipeline too, always after these, and then tensor, which `turn` takes off first.
+SHARDS = (FSDP, CONTEXT)
 WHOLE_ROW = "whole_row"  # what `row` brought together
 BLOCK = 16  # rows of a tile of bfloat16
 
 Rules = dict[str, str | tuple[str, ...]]  # letter -> axis, or axes
 # Of a weight between steps, with its gradient and its optimizer state; and while its layer computes.
 EXPERTS: Rules = {"E": EXPERT, "D": (*SHARDS, PIPELINE, TENSOR)}
-EXPERTS_IN_USE: Rules = {
-    "E": EXPERT,
-    "M": TENSOR,
-}  # the fsdp shards have been gathered, other devices' experts never are
+EXPERTS_IN_USE: Rules = {"E": EXPERT, "M": TENSOR}  # fsdp's shards are gathered, other devices' experts never are
 VOCABULARY: Rules = {"V": (EXPERT, TENSOR, *SHARDS, PIPELINE)}  # of the embedding and the output matrix
-VOCABULARY_IN_USE: Rules = {"V": (EXPERT, TENSOR)}  # look-up and loss work on a share of it
+VOCABULARY_IN_USE: Rules = {"V": SHARING}  # look-up and loss work on a share of it
 OTHERS: Rules = {"D": (*SHARDS, EXPERT, PIPELINE, TENSOR)}
 OTHERS_IN_USE: Rules = dict.fromkeys("NKFM", TENSOR)  # some of the heads, some of the hidden width
 # S of a cache, which no context axis above 1 meets
@@ -182,8 +180,8 @@ def process_share(mesh: jax.sharding.Mesh, rows: int) -> tuple[int, int]:
     parts = sorted({tuple(sorted(part)) for part in held.values()})
     if len(set(map(len, parts))) > 1 or sum(map(len, parts)) > len(set().union(*parts)):
         raise ConfigError(
-            f"mesh {told(mesh.shape)}: processes hold some of each other's rows; make mesh.context a multiple or a divisor "
-            f"of the {jax.local_device_count()} devices of a process"
+            f"mesh {told(mesh.shape)}: processes hold some of each other's rows; make mesh.context times mesh.tensor a "
+            f"multiple or a divisor of the {jax.local_device_count()} devices of a process"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
@@ -257,7 +255,7 @@ def spread(params: Any, specs: Any, dtype: Any, layout: Callable[[Spec], Partiti
 
 
 def _gathered(w: Array, there: PartitionSpec) -> Array:
-    """`w` in the layout `there`, which splits it over fewer axes than its own.
+    """`w` in the layout `there`, which splits it over fewer axes than its own, or over tensor along another dimension.
 
     Its type says `reduced` of the axes that it is equal on, so that a product's gradient for it stays the partial sum of each
     device until the transposed gather scatters it. One axis at a time, the innermost first: of several at once TPU's compiler makes
@@ -275,9 +273,7 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     over = {axis for _, axis in steps}
     if in_stage() or all(axis_size(axis) == 1 for axis in over):
         return jax.sharding.reshard(w, there)
-    equal = [
-        axis for axis in AXES if axis != TENSOR and axis not in axes_of(there)
-    ]  # along tensor tokens are equal too
+    equal = [axis for axis in AXES if axis not in (TENSOR, *axes_of(there))]
 
     def local(w: Array) -> Array:
         for d, axis in turned:
@@ -371,7 +367,7 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
         return fn
 
     def layout(dims: str, x: Array) -> PartitionSpec:
-        share = {"DV": (None, (EXPERT, TENSOR)), "VD": ((EXPERT, TENSOR),)}.get(dims)
+        share = {"DV": (None, SHARING), "VD": (SHARING,)}.get(dims)
         return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
 
     def run(*arrays: Array) -> Any:

@@ -178,7 +178,7 @@ def head(cfg: Model, params: GLM, hidden_BTD: Array) -> Array:
 
 
 def output_matrix(cfg: Model, params: GLM) -> Array:
-    """head_DV as a loss uses it: gathered but for the vocabulary's share of each expert shard, in the model's dtype."""
+    """head_DV as a loss uses it: gathered but for the vocabulary's share of each device, in the model's dtype."""
     return mesh.gather(params.head_DV, specs(cfg).head_DV, cfg.dtype)
 
 

@@ -11,12 +11,13 @@ from glm_jax import mesh
 def vary(share: Array) -> Array:
     """The head or the embedding, which differ along the axes that share the vocabulary alone, so that their
     gradient is summed over the other devices."""
-    return jax.lax.pcast(share, mesh.NOT_EXPERT, to="varying") if mesh.active() else share
+    others = tuple(axis for axis in mesh.AXES if axis not in mesh.SHARING)
+    return jax.lax.pcast(share, others, to="varying") if mesh.active() else share
 
 
 def sharing() -> tuple[str, ...]:
     """The axes above 1 whose devices have each a share of the vocabulary, for the same tokens once these are `gathered`."""
-    return tuple(axis for axis in (mesh.EXPERT, mesh.TENSOR) if mesh.axis_size(axis) > 1)
+    return tuple(axis for axis in mesh.SHARING if mesh.axis_size(axis) > 1)
 
 
 def total(x: Array) -> Array:

@@ -10,6 +10,8 @@ With `model.pipeline_rounds` a stage has several groups of layers, which are not
     stage 0   a  b  c  d  A  B  C  D  -     R = 2 rounds, the second in capitals: group r * S + s of the layers is stage s's in
     stage 1   -  a  b  c  d  A  B  C  D     round r. A tick is 1 / R of what it was, the bubble (S - 1) / (R * C + S - 1)
 
+Layers that do not divide among S * R groups, the last up to S * R - 1, run behind the pipeline, on all devices at once.
+
 After a tick each stage's result goes to the next in the ring. From the last it comes to the first, where it waits for the next round,
 C - S ticks, or for the end. One shard_map over the pipeline axis alone; a layer inside it finds the other axes as ever. The backward
 pass is another, the same ticks from the last to the first: a stage keeps what enters each of its layers in each tick, as remat

@@ -90,7 +90,7 @@ def arithmetic(work: Work) -> Any:
 def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> float:
     """For the bytes of each "axis kind" that a device receives. A ragged all-to-all's take up every link that they cross, while of
     gathered rows each link that they cross leads to a device that wants them."""
-    crossed = machine.crossed(work.axes[mesh.EXPERT])
+    crossed = machine.crossed(work.axes[mesh.EXPERT] * work.axes[mesh.TENSOR])  # tensor's devices lie between
     return sum(size * (crossed if RAGGED in key else 1) for key, size in traffic.items()) / machine.link_bandwidth
 
 
@@ -195,15 +195,15 @@ def _place(device: int, sizes: list[int]) -> tuple[int, ...]:
 
 def _hint(work: Work, room: int, dims: tuple[int, ...]) -> str:
     """What an array of these dimensions is, and what makes it smaller."""
-    cfg = work.run.model
+    cfg, tensor = work.run.model, work.axes[mesh.TENSOR]
     row = (work.length // work.axes[mesh.CONTEXT], cfg.D)
     if dims[-2:] == row and len(dims) == 4 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return "residuals: what each layer keeps for its backward pass; remat=offload moves them to the host's memory"
-    if cfg.V in dims or cfg.V // work.axes[mesh.EXPERT] in dims:
+    if cfg.V in dims or cfg.V // (work.axes[mesh.EXPERT] * tensor) in dims:
         return "the embedding or the output matrix, its gradient, or a chunk of logits"
-    if len(dims) == 2 and dims[0] == room and dims[1] in (cfg.D, cfg.M):
+    if len(dims) == 2 and dims[0] == room and dims[1] in (cfg.D, cfg.M // tensor):
         return "routed rows of a chunk of tokens: room for somewhat more than a device has on average"
-    if work.step in SAMPLING and dims[1::2] == (cfg.K, cfg.H):
+    if work.step in SAMPLING and dims[1::2] == (cfg.K // tensor, cfg.H):
         return "keys or values of a layer in the cache: fewer rows a device or shorter ones make it smaller"
     if len(dims) >= 3 and dims[0] in (cfg.moe_layers, cfg.dense_layers):
         return (

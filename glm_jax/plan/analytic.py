@@ -185,7 +185,7 @@ def _keys_to_queries(now: Work) -> Iterator[Transfer]:
     more for the backward pass), their gradients scattered."""
     cfg = now.run.model
     tokens = now.tokens * now.axes[mesh.CONTEXT] * now.layers
-    keys, where = tokens * 2 * cfg.K * cfg.H * itemsize(now), tokens * 2 * FLOAT32
+    keys, where = tokens * 2 * cfg.K / now.axes[mesh.TENSOR] * cfg.H * itemsize(now), tokens * 2 * FLOAT32
     yield (mesh.CONTEXT,), "all-gather", (2 if cfg.remat != "none" else 1) * (keys + where)
     yield (mesh.CONTEXT,), "reduce-scatter", keys
 
@@ -211,8 +211,8 @@ def dispatched(now: Work, tokens: float) -> tuple[str, str, float]:
 
 
 def _tokens_to_vocabulary(now: Work) -> Iterator[Transfer]:
-    """Embedding and head stay split by vocabulary over the expert axis: ids and hidden states are gathered there, rows and
-    gradients summed where their tokens are."""
+    """Embedding and head stay split by vocabulary over the expert axis (and tensor, whose devices have the same tokens): ids and
+    hidden states are gathered there, rows and gradients summed where their tokens are."""
     cfg = now.run.model
     everybodys = now.tokens * now.axes[mesh.EXPERT] * (1 + now.mtp_layers)
     x = everybodys * cfg.D * itemsize(now)
@@ -268,4 +268,4 @@ def _width(now: Work, spec: Spec) -> int:
 def _widths(now: Work) -> int:
     """Activations of a layer beside the residual stream: heads, and the hidden layers of a token's experts."""
     cfg = now.run.model
-    return (cfg.N + 2 * cfg.K) * cfg.H + 3 * cfg.M * (cfg.A + cfg.shared_experts)
+    return ((cfg.N + 2 * cfg.K) * cfg.H + 3 * cfg.M * (cfg.A + cfg.shared_experts)) // now.axes[mesh.TENSOR]

@@ -77,8 +77,8 @@ def memory(now: Work) -> dict[str, float]:
 
 
 def wider(now: Work, room: float) -> Work | None:
-    """The same over the smallest larger expert axis with which it needs no more than `room` bytes: that axis alone splits weights
-    in use."""
+    """The same over the smallest larger expert axis with which it needs no more than `room` bytes: that axis and tensor alone split
+    weights in use."""
     across = now.axes[mesh.FSDP] * now.axes[mesh.EXPERT]
     for expert in range(now.axes[mesh.EXPERT] + 1, across + 1):
         if across % expert == 0 and now.run.model.E % expert == 0:
@@ -90,12 +90,13 @@ def wider(now: Work, room: float) -> Work | None:
 
 def operations(now: Work) -> dict[str, float]:
     """Matrix products and attention, a prompt's logits at its last token alone."""
-    cfg, rows = now.run.model, now.rows / now.devices
+    cfg, rows, head = now.run.model, now.rows / now.parts, 2 * now.run.model.D * now.run.model.V
     if now.step == "decode":
         attended = now.prompt + (now.length - now.prompt) / 2  # the mean over a row's draws
-        return {"model": rows * counts.flops_per_token(cfg, round(2 * attended) - 1)}
-    head = 2 * cfg.D * cfg.V
-    return {"model": rows * (now.prompt * (counts.flops_per_token(cfg, now.prompt) - head) + head)}
+        layers = counts.flops_per_token(cfg, round(2 * attended) - 1) - head
+    else:
+        layers = now.prompt * (counts.flops_per_token(cfg, now.prompt) - head)
+    return {"model": rows * (layers / now.axes[mesh.TENSOR] + head)}  # the head is whole on every device
 
 
 def traffic(now: Work) -> dict[str, float]:

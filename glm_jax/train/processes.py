@@ -28,16 +28,23 @@ def agreed(answer: bool) -> bool:
 def in_turn(do: Callable[[], Result]) -> Result:
     """Call `do` in the writer, then in the others, which find made what it made.
 
-    They wait at a barrier of the coordinator, not in a collective: gloo gives one 30 seconds, and `do` may take hours.
+    They wait at a barrier of the coordinator, not in a collective: gloo gives one 30 seconds, and `do` may take hours. RuntimeError in
+    the others where it raises in the writer.
     """
     if not writer():
-        _meet()
-    result = do()
-    if writer():
-        _meet()
+        if not _told():
+            raise RuntimeError("the first process failed in what all others wait for; what it printed tells why")
+        return do()
+    done = False
+    try:
+        result = do()
+        done = True
+    finally:
+        _told(done)
     return result
 
 
-def _meet() -> None:
-    """Wait for all processes; with a single one, go on."""
+def _told(done: bool = False) -> bool:
+    """Wait for all processes; then, whether the writer has done it."""
     get_barrier_sync_fn()(key=f"the writer has done it {next(_meetings)}", timeout_ms=_LONGEST)
+    return agreed(done)

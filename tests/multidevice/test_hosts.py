@@ -132,6 +132,14 @@ def check_files(folder: Path) -> None:
     processes.in_turn(lambda: [path.write_text(text) for path, text in texts.items()] if processes.writer() else [])
     noted = integrity.sums(folder, paths)
     integrity.check(folder, noted)
+
+    def full():
+        raise OSError("no space left")
+
+    with pytest.raises(
+        OSError if processes.writer() else RuntimeError, match=r"no space left|the first process failed"
+    ):
+        processes.in_turn(full)
     for changed in paths:
         processes.in_turn(lambda path=changed: path.write_text("d" * 1000) if processes.writer() else 0)
         with pytest.raises(ConfigError, match=f"{changed} holds other bytes"):

@@ -15,7 +15,7 @@ from sharded_training import CFG, STEPS, check_weights, make, meshes, start, tra
 from glm_jax.config import Mesh, Model, replace
 
 SOME = (Mesh(data=2, fsdp=2, expert=2), Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=2, expert=2, tensor=2))
-PIPELINED = Mesh(pipeline=2, fsdp=2, expert=2)  # two of three MoE layers are shared by the stages
+PIPELINED = Mesh(pipeline=2, fsdp=1, expert=2, tensor=2)  # two of three MoE layers are shared by the stages
 SAVED_ON = Mesh(fsdp=4, expert=2)
 TIE = 1e-5  # between scores that rounding may order
 RESTORED_ON = (Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=1))

@@ -1,5 +1,6 @@
 """The planner: names and sizes refused in a second, arithmetic from declarations, and programs read from their text."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -346,6 +347,32 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
     assert "arguments 5.25, temporaries 20.00; at the peak 17.25 GiB of 95.0: fits" in script.told(
         json.loads(path.read_text())
     )
+
+
+def test_the_table_of_all_plans_that_are_kept():
+    paths = sorted(script.RESULTS.glob("plan_*.json"))
+    assert len(script.table(paths).splitlines()) == 2 + len(paths) >= 8
+
+
+def test_along_tensor_devices_have_the_same_tokens_and_parts_of_a_layer():
+    one, two = (
+        plan.check(GLM45, POD, Mesh(fsdp=fsdp, expert=8, context=4, tensor=tensor), rows=128, length=4096)
+        for fsdp, tensor in ((16, 1), (8, 2))
+    )
+    assert two.tokens == 2 * one.tokens
+    model_of_one, model_of_two = (analytic.operations(work)["model"] for work in (one, two))
+    assert model_of_two == pytest.approx(model_of_one)
+    traffic, before = analytic.traffic(two), analytic.traffic(one)
+    # as many keys of half as many heads, weights in use half as large, and of x what fsdp never sends
+    assert traffic["context reduce-scatter"] < 1.1 * before["context reduce-scatter"]
+    assert traffic["fsdp all-gather"] < 0.51 * before["fsdp all-gather"]
+    x = two.tokens * GLM45.model.D * 2
+    assert traffic["tensor all-reduce"] == pytest.approx(x * (5 * (GLM45.model.L + 1) + 2 * 2))
+    assert "tensor all-reduce" not in before
+    memory = [
+        analytic.memory(dataclasses.replace(work, run=replace(GLM45, **{"model.remat": "none"}))) for work in (one, two)
+    ]
+    assert memory[0]["residuals"] < memory[1]["residuals"] < 2 * memory[0]["residuals"]
 
 
 def test_a_mesh_as_text():
