@@ -144,7 +144,7 @@ def _machine(args: Args) -> Any:
 
 def _few_heaps() -> None:
     """Of glibc's allocator, which has one for each thread of the compiler, and what is free in one is of no use to another: glm45's
-    step takes 6.1 GB with as many as it likes, 5.6 with two."""
+    step takes 6.1 GB with as many as it likes, 5.7 with two."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 

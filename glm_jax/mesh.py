@@ -134,7 +134,7 @@ def in_use(spec: Spec) -> PartitionSpec:
 
 def in_stages(spec: Spec) -> PartitionSpec:
     """Layout of a stack of layers of which each stage of `parallel.pipeline` has its own."""
-    return PartitionSpec(PIPELINE, *without_pipeline(at_rest(spec))[1:])
+    return PartitionSpec(PIPELINE, *without(at_rest(spec), PIPELINE)[1:])
 
 
 def everywhere(spec: Spec) -> PartitionSpec:
@@ -156,7 +156,7 @@ def abstract(cfg: config.Mesh) -> jax.sharding.AbstractMesh:
 def activation(dims: str) -> PartitionSpec:
     """Layout of an activation named by its letters. In a stage of `parallel.pipeline` there is no pipeline axis."""
     layout = PartitionSpec(*(ACTIVATIONS.get(letter) for letter in dims))
-    return without_pipeline(layout) if in_stage() else layout
+    return without(layout, PIPELINE) if in_stage() else layout
 
 
 def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:
@@ -213,11 +213,6 @@ def active() -> bool:
 def in_stage() -> bool:
     """Whether this is traced for one stage of a pipeline, to which the mesh has no pipeline axis."""
     return PIPELINE in jax.sharding.get_abstract_mesh().manual_axes
-
-
-def without_pipeline(layout: PartitionSpec) -> PartitionSpec:
-    """`layout` with nothing split over the pipeline axis."""
-    return without(layout, PIPELINE)
 
 
 def without(layout: PartitionSpec, *these: str) -> PartitionSpec:

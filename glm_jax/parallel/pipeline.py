@@ -36,7 +36,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from glm_jax.config import ConfigError, Model
-from glm_jax.mesh import AXES, BATCH, PIPELINE, axes_of, axis_size, without_pipeline
+from glm_jax.mesh import AXES, BATCH, PIPELINE, axes_of, axis_size, without
 
 STAGE = P(PIPELINE)
 Layer = Callable[[Array, Any, Any], tuple[Array, tuple[Any, Any]]]  # see `through_stages`
@@ -279,7 +279,7 @@ def _swapped(z: Array, outer: int, inner: int) -> Array:
 
 def _of_stages(z: Array) -> Array:
     """[S, rows of a stage, ...] from [B, ...]."""
-    layout = P(PIPELINE, *without_pipeline(jax.typeof(z).sharding.spec))
+    layout = P(PIPELINE, *without(jax.typeof(z).sharding.spec, PIPELINE))
     return jax.lax.reshape(z, (axis_size(PIPELINE), len(z) // axis_size(PIPELINE), *z.shape[1:]), out_sharding=layout)
 
 

@@ -166,9 +166,8 @@ def _transfers(now: Work) -> Iterator[Transfer]:
             yield (axis,), "all-gather", passes * part
             if axis != mesh.TENSOR:  # along which a gradient is the same
                 yield (axis,), "reduce-scatter", part
-        if (
-            mesh.TENSOR in in_use and "V" not in spec.dims
-        ):  # turned from a part of D to one of heads or of a hidden width, and back
+        # turned from a part of D to one of heads or of a hidden width, and back
+        if mesh.TENSOR in in_use and "V" not in spec.dims:
             yield (mesh.TENSOR,), "all-to-all", (passes + 1) * width * spec.count / now.shards(at_rest)
         # axes on which it is held more than once, and its gradient is not the same
         left = tuple(axis for axis in mesh.AXES if axis not in (*at_rest, mesh.TENSOR))

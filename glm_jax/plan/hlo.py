@@ -202,8 +202,7 @@ class Program:
         if user.opcode == "fusion":
             within = self._called(user)
             places = [str(i) for i, name in enumerate(user.operands) if name == op.name]
-            read = (self._read(within, p) for p in within.ops if p.opcode == "parameter" and p.literal in places)
-            return sum(read)
+            return sum(self._read(within, p) for p in within.ops if p.opcode == "parameter" and p.literal in places)
         if user.operands[0] != op.name or user.operands.count(op.name) > 1:
             return op.bytes
         return user.bytes if user.opcode in SLICES else 0 if user.opcode == "dynamic-update-slice" else op.bytes
