@@ -43,16 +43,16 @@ class Attention:
 @struct.dataclass
 class Places:
     """Where tokens stand: position in their document, document in their row (0: padding), the segment that it continues
-    (or itself), and RoPE's angles."""
+    (or itself; None where none continues another), and RoPE's angles."""
 
     positions_BT: Array
     segments_BT: Array
-    prefixes_BT: Array
+    prefixes_BT: Array | None
     cos_BTH: Array
     sin_BTH: Array
 
 
-def places(cfg: Model, positions_BT: Array, segments_BT: Array, prefixes_BT: Array) -> Places:
+def places(cfg: Model, positions_BT: Array, segments_BT: Array, prefixes_BT: Array | None) -> Places:
     angles = rotary_angles(positions_BT, cfg.rotary, cfg.rope_theta)
     return Places(positions_BT, segments_BT, prefixes_BT, jnp.cos(angles), jnp.sin(angles))
 
@@ -94,24 +94,26 @@ def attention(
     if cache is not None and cache.shared is not None:
         shared = (cache.shared.k_LKSH[layer], cache.shared.v_LKSH[layer])
 
-    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, q_prefixes, *shared_KSH):
+    prefixes = () if shared or at.prefixes_BT is None else (at.prefixes_BT,)
+
+    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, *more):
         if cache is None:  # this device's queries meet the keys of their whole row
             k, v, k_positions, k_segments = (mesh.row(z) for z in (k, v, k_positions, k_segments))
         return attention_kernel(
             q, k, v,
             q_positions_BT=q_positions, k_positions_BS=k_positions,
             q_segments_BT=q_segments, k_segments_BS=k_segments,
-            q_prefixes_BT=None if shared_KSH else q_prefixes, shared_KSH=shared_KSH or None,
+            q_prefixes_BT=more[0] if prefixes else None, shared_KSH=more if shared else None,
             scale=cfg.H**-0.5, implementation=cfg.implementation,
         )  # fmt: skip
 
     keys = ("BTKH", "BT") if cache is None else ("BSKH", "BS")
-    layouts = ("BTNH", keys[0], keys[0], "BT", keys[1], "BT", keys[1], "BT", *["KSH"] * len(shared))
+    layouts = ("BTNH", keys[0], keys[0], "BT", keys[1], "BT", keys[1], *["BT"] * len(prefixes), *["KSH"] * len(shared))
     attend = mesh.per_shard(attend, layouts, "BTNH")
-    where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS, at.prefixes_BT)
+    where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS)
 
     def rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH):
-        return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *shared)
+        return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *prefixes, *shared)
 
     def output(y_BTNH, o_NHD):
         return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2, to="BTD")

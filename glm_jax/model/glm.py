@@ -133,10 +133,9 @@ def hidden(  # noqa: PLR0913 (as forward)
     if positions_BT is None:
         first_B1 = jnp.zeros_like(ids_BT[:, :1]) if cache is None else cache.length_B[:, None]
         positions_BT = first_B1 + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
-    prefixes_BT = segments_BT if prefixes_BT is None else prefixes_BT
-    ids_BT, *where_BT = (mesh.constrain(z, "BT") for z in (ids_BT, positions_BT, segments_BT, prefixes_BT))
-    at = places(cfg, *where_BT)
-    positions_BT, segments_BT = at.positions_BT, at.segments_BT
+    ids_BT, positions_BT, segments_BT = (mesh.constrain(z, "BT") for z in (ids_BT, positions_BT, segments_BT))
+    prefixes_BT = None if prefixes_BT is None else mesh.constrain(prefixes_BT, "BT")
+    at = places(cfg, positions_BT, segments_BT, prefixes_BT)
     if cache is not None:
         cache = kv.place(cache, positions_BT, segments_BT)
 

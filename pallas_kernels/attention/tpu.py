@@ -15,7 +15,7 @@ everything that invisible pairs would multiply by zero has been made finite.
 In block shapes i is a block of queries, j of keys, r a part of either.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -46,12 +46,14 @@ LATEST = jnp.iinfo(jnp.int32).max
 
 @dataclass(frozen=True)
 class Config:
-    """Most queries and keys in a tile, and rows in one of its parts (of queries forward, of keys backward)."""
+    """Most queries and keys in a tile, and rows in one of its parts (of queries forward, of keys backward); whether queries may
+    have prefixes, else no code is made for them."""
 
     queries: int = 1024
     keys: int = 1024
     forward_part: int = 256
     backward_part: int = 256
+    prefixes: bool = True
 
 
 # By the compiler's static schedule for 1024 x 1024 tiles, head dim 128: the shortest of parts of 64, 128, 256 and 512.
@@ -92,7 +94,8 @@ def attention(
         axis=1,
     )
     k_at_B2S = jnp.stack([jnp.where(k_real_BS, k_positions_BS, LATEST), k_segments_BS], axis=1)
-    return _attention(q_BTNH, k_BSKH, v_BSKH, q_at_B3T.astype(jnp.int32), k_at_B2S.astype(jnp.int32), scale, _config())
+    config = replace(_config(), prefixes=q_prefixes_BT is not q_segments_BT)  # the door gives the same array for none
+    return _attention(q_BTNH, k_BSKH, v_BSKH, q_at_B3T.astype(jnp.int32), k_at_B2S.astype(jnp.int32), scale, config)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -153,7 +156,8 @@ def _fitted(config: Config, q_BTNH: Array, k_BSKH: Array) -> Config:
         return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
     queries, keys = block(q_BTNH.shape[1], config.queries), block(k_BSKH.shape[1], config.keys)
-    return Config(queries, keys, part(queries, config.forward_part), part(keys, config.backward_part))
+    parts = part(queries, config.forward_part), part(keys, config.backward_part)
+    return Config(queries, keys, *parts, prefixes=config.prefixes)
 
 
 def _padded(z: Array, block: int, dim: int = 1) -> Array:
@@ -214,10 +218,13 @@ def _visible(q_at: list[Array], k_at: list[Array], prefixed: bool) -> Array:
     return (own | (q_prefix == k_segment) if prefixed else own) & (k_position <= q_position)
 
 
-def _by_kind(flag: Array, tile) -> None:
+def _by_kind(flag: Array, tile, config: Config) -> None:
     """`tile(masked, prefixed)` as this tile needs it."""
     full, prefixed = flag & FULL != 0, flag & PREFIXED != 0
     pl.when(full)(lambda: tile(False, False))
+    if not config.prefixes:
+        pl.when(~full)(lambda: tile(True, False))
+        return
     pl.when(~full & ~prefixed)(lambda: tile(True, False))
     pl.when(~full & prefixed)(lambda: tile(True, True))
 
@@ -270,7 +277,7 @@ def _forward_kernel(
             sums[at] = sums[at] * _across(shrink_rL, H) + _dot(p_rj.astype(v_jH.dtype), v_jH)
             s_rj = next_s_rj
 
-    _by_kind(flag, tile)
+    _by_kind(flag, tile, config)
 
     @pl.when(flag & LAST != 0)
     def _():
@@ -383,7 +390,7 @@ def _backward_kernel(
             s_ri, dp_ri = ahead
         dq[slot] += _dot(k_T_ref[...], ds[...])
 
-    _by_kind(flag, tile)
+    _by_kind(flag, tile, config)
     end()
 
     @pl.when((flag & LAST != 0) & (g == group - 1))
