@@ -211,7 +211,7 @@ def _changed(run: Run) -> dict[str, Any]:
 
 def _variant(plan: dict[str, Any]) -> str:
     """What of the plan is not usual."""
-    changed = [f"{path.rpartition('.')[2]} {value}" for path, value in plan.get("changed", {}).items()]
+    changed = [f"{path.rpartition('.')[2]} {value}" for path, value in plan["changed"].items()]
     return "".join(f", {what}" for what in ([] if plan["step"] == "train" else [plan["step"]]) + changed)
 
 

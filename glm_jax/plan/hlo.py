@@ -19,6 +19,7 @@ NO_TRAFFIC = {  # with memory: names for what lies there already
     "partition-id", "replica-id", "iota", "copy-start", "async-start", "async-update", "async-done", "opt-barrier",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # the result lies where the first argument lay
 BITS = re.compile(r"\d+")
 ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -189,6 +190,10 @@ class Program:
         results = [inside.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
         return read + sum(_written(inside, result) for result in results)
 
+    def _tiled_anew(self, op: Op) -> bool:
+        """A copy in the place of its argument, inside a fusion: what is read of it is tiled anew, and nothing else."""
+        return op.opcode == "fusion" and ALIASED in op.attributes and self._called(op).ops[-1].opcode == "copy"
+
     def _called(self, fusion: Op) -> Computation:
         return self.computations[CALLED.findall(fusion.attributes)[0][1].lstrip("%")]
 
@@ -197,7 +202,7 @@ class Program:
         return min(op.bytes, sum(self._read_by(inside, user, op) for user in inside.users.get(op.name, [])))
 
     def _read_by(self, inside: Computation, user: Op, op: Op) -> float:
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or self._tiled_anew(user):
             return self._read(inside, user)
         if user.opcode == "fusion":
             within = self._called(user)

@@ -120,6 +120,18 @@ def test_nor_does_one_that_a_fusion_inside_another_takes():
     )
     assert Program(text.replace("%body", outer, 1)).bytes_moved == Program(PROGRAM).bytes_moved
 
+    tiled_anew = """%tiled (stack: bf16[5,8,16]) -> bf16[5,8,16] {
+  %stack = bf16[5,8,16]{2,1,0} parameter(0)
+  ROOT %again = bf16[5,8,16]{2,1,0:T(8,128)(2,1)} copy(%stack)
+}
+
+"""
+    in_place = "fusion(%stack), output_to_operand_aliasing={{}: (0, {})}, kind=kLoop, calls=%tiled"
+    outer = tiled_anew + outer.replace("bitcast(%stack)", in_place)
+    assert Program(text.replace("%body", outer, 1)).bytes_moved == Program(PROGRAM).bytes_moved
+    outer = outer.replace("output_to_operand_aliasing={{}: (0, {})}, ", "")  # in memory of its own
+    assert Program(text.replace("%body", outer, 1)).bytes_moved > Program(PROGRAM).bytes_moved
+
 
 def test_nor_one_that_is_read_and_written_in_place():
     updated = """
