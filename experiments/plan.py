@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -52,12 +53,14 @@ class Args:
     remat: Literal["none", "layer", "offload"] | None = None
     """What a layer keeps for its backward pass: all; what enters it; that in the host's memory. By default the recipe's."""
     slices: int = 1
-    """So many of the topology, joined by a slower network; the data axis goes over them."""
+    """So many of the topology, joined by a slower network; the data axis goes over them. The network's time is counted at the
+    chips' own links on every axis, also where a slower network is crossed: between slices, or between hosts of GPUs."""
     step: Literal["train", "grpo", "sample"] = "train"
     """What to plan: pre-training's step; RL's update on answers (settings: post.unify.grpo); or sampling, in which each of --batch
     rows reads half of --seq tokens (prefill) and draws the other half (decode, one token after another)."""
     search: bool = False
-    """Try every mesh that divides the topology, instead of --mesh: by arithmetic, and the best with the compiler."""
+    """Try every mesh of data, fsdp, context and expert axes that divides the topology, instead of --mesh: by arithmetic, and the best
+    with the compiler."""
     best: int = 3
     """So many meshes that fit are compiled in a search."""
     out: Path | None = None
@@ -72,9 +75,11 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
         print(table(sorted(RESULTS.glob("plan_*.json"))))
         return None
     run = replace(run, **{"model.remat": args.remat}) if args.remat else run
+    if min(args.batch, args.seq, args.best, args.slices) < 1:
+        raise ConfigError(
+            f"--batch {args.batch}, --seq {args.seq}, --best {args.best} and --slices {args.slices} must be at least 1"
+        )
     sizes = mesh_of(args, run)
-    if args.batch < 1 or args.seq < 1 or args.best < 1:
-        raise ConfigError(f"--batch {args.batch}, --seq {args.seq} and --best {args.best} must be at least 1")
     if args.search and args.mesh:
         raise ConfigError(f"--search tries every mesh; leave --mesh {args.mesh} out, or --search")
     machine = _machine(args)
@@ -93,7 +98,7 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     work = check(run, machine, sizes, args.batch, args.seq, args.step)
     with progress() as tell:
         found = plan(work, machine, tell)
-    found |= {"peak_rss_gb": cli.peak_rss_gb(), "changed": _changed(run)}
+    found |= {"peak_rss_gb": cli.peak_rss_gb(), "changed": _changed(run, args.step)}
     print(told(found))
     return _written(found, args.out)
 
@@ -118,8 +123,10 @@ def mesh_of(args: Args, run: Run) -> Mesh:
         axis, _, size = part.strip().partition("=")
         if axis not in AXES:
             raise ConfigError(f"--mesh {args.mesh!r}: no axis {axis!r}; {nearest(axis, AXES)}")
-        if not size.isdigit() or int(size) < 1 or axis in sizes:
-            raise ConfigError(f"--mesh {args.mesh!r}: {part.strip()!r} must be {axis}=N once, with N at least 1")
+        if (size != "-1" and not re.fullmatch("[1-9][0-9]*", size)) or axis in sizes:
+            raise ConfigError(
+                f"--mesh {args.mesh!r}: {part.strip()!r} must be {axis}=N once, N at least 1, or -1 for what is left"
+            )
         sizes[axis] = int(size)
     return Mesh(**{"data": args.slices, "fsdp": -1, "expert": 1} | sizes)
 
@@ -203,10 +210,11 @@ def _program(plan: dict[str, Any]) -> str:
     return f"at the peak {plan['held_gib']:.2f} GiB; {times} s; compiled in {plan['compile_s']:.0f} s"
 
 
-def _changed(run: Run) -> dict[str, Any]:
-    """Fields that are not as in the run's recipe, but for its mesh, which a plan has of its own."""
+def _changed(run: Run, step: str) -> dict[str, Any]:
+    """Fields that are not as in the run's recipe, but for its mesh, which a plan has of its own, and what its step does not read."""
+    unread = ("mesh.", "optim.") if step == "grpo" else ("mesh.",)
     recipe = recipes.RECIPES.get(run.name, lambda: run)()
-    return {path: now for path, (_, now) in diff(run, recipe).items() if not path.startswith("mesh.")}
+    return {path: now for path, (_, now) in diff(run, recipe).items() if not path.startswith(unread)}
 
 
 def _variant(plan: dict[str, Any]) -> str:

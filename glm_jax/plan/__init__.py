@@ -219,7 +219,10 @@ def _does_not_fit(work: Work, machine: Target, needed: dict[str, float]) -> str:
     ways = [way for way in (_smallest(work, machine), _thriftier(work, machine)) if way]
     return (
         f"plan cannot fit: {terms} a device, and {machine.kind} has {chip / GIB:.1f}; what overflows is {largest}. "
-        + ("; ".join(ways) or "Use fewer rows, shorter ones, or a larger machine")
+        + (
+            "; ".join(ways)
+            or f"Use a larger machine{'' if largest.startswith('state') else ', fewer rows or shorter ones'}"
+        )
     )
 
 
@@ -228,18 +231,20 @@ def _fits(work: Work, machine: Target) -> bool:
 
 
 def _smallest(work: Work, machine: Target) -> str:
-    """What would fit by arithmetic: a wider expert axis where that helps, else the smallest topology of the same chip."""
+    """What would fit by arithmetic: a wider expert axis where that helps, else the smallest topology of the same chip, this one
+    with all of `data` given to `fsdp` among them."""
     if work.step == "sample" and (other := sampling.wider(work, machine.chip.memory)):
         return f"A wider expert axis fits by arithmetic: {mesh.told(other.axes)}"
     for name in names(machine.kind):
         other = target(name)
         kept = {axis: work.axes[axis] for axis in (mesh.EXPERT, mesh.CONTEXT, mesh.TENSOR)}
         fsdp, left = divmod(other.count, math.prod(kept.values()))
-        if other.count <= machine.count or left:
+        if other.count < machine.count or left:
             continue
-        if work.rows % (fsdp * kept[mesh.EXPERT]) or work.run.model.D % other.count:
+        try:
+            larger = laid_out(work.run, other, Sizes(fsdp=fsdp, **kept), work.rows, work.length, work.step)
+        except ConfigError:
             continue
-        larger = dataclasses.replace(work, axes=mesh.sizes_of(Sizes(fsdp=fsdp, **kept)))
         if _fits(larger, machine):
             return f"The smallest that fits by arithmetic: {name} with {mesh.told(larger.axes)}"
     return ""
@@ -250,6 +255,8 @@ def _thriftier(work: Work, machine: Target) -> str:
     for changes in THRIFT:
         needed = arithmetic(work).memory(dataclasses.replace(work, run=replace(work.run, **changes)))
         if work.step != "sample" and sum(needed.values()) <= (1 - WORKING) * machine.chip.memory:
-            options = " and ".join(f"{field}={value}" for field, value in changes.items())
+            own = "post.unify.grpo." if work.step == "grpo" else ""  # RL's optimizer has settings of its own
+            named = ((own + field if field.startswith("optim.") else field, value) for field, value in changes.items())
+            options = " and ".join(f"{field}={value}" for field, value in named)
             return f"On {machine.name} it fits by arithmetic with {options}"
     return ""

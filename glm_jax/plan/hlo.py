@@ -16,12 +16,15 @@ RAGGED = "ragged-all-to-all"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", RAGGED)
 NO_TRAFFIC = {  # with memory: names for what lies there already
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "copy-start", "async-start", "async-update", "async-done", "opt-barrier",
+    "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "opt-barrier",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
 ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # the result lies where the first argument lay
 BITS = re.compile(r"\d+")
-ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+SPACE = re.compile(
+    r"S\(\d+\)"
+)  # of a layout: the fast memory, the host's, and others; the main memory goes without saying
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 NAME = re.compile(r"%([\w.\-]+)")
@@ -44,6 +47,7 @@ OVER_MESH = re.compile(r"\breplica_groups=mesh\[([^\]]*)\]" + ORDER + r" \{([^}]
 class Shape:
     dtype: str
     dims: tuple[int, ...]
+    elsewhere: bool = False  # than in the device's main memory
 
     @property
     def size(self) -> int:
@@ -54,6 +58,11 @@ class Shape:
         """Predicates take a byte; 4-bit numbers half of one."""
         bits = BITS.search(self.dtype)
         return self.size * (int(bits.group()) / 8 if bits else 1)
+
+    @property
+    def main_bytes(self) -> float:
+        """What of it lies in the main memory."""
+        return 0 if self.elsewhere else self.bytes
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -71,6 +80,10 @@ class Op:
     @property
     def bytes(self) -> float:
         return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def main_bytes(self) -> float:
+        return sum(shape.main_bytes for shape in self.shapes)
 
     @property
     def source(self) -> str:
@@ -172,18 +185,21 @@ class Program:
 
     @cached_property
     def bytes_moved(self) -> float:
-        """To and from the device's main memory: each operation's arguments and results, of a slice what is sliced."""
+        """To and from the device's main memory: each operation's arguments and results that lie there, of a slice what is sliced."""
         return sum(times * self._traffic(where, op) for where, op, times in self.ops(inlined=False))
 
     def _traffic(self, where: Computation, op: Op) -> float:
         if op.opcode in NO_TRAFFIC or op.opcode.endswith("-done"):
             return 0
+        arguments = where.operand_shapes(op)
+        if op.opcode == "copy-start":  # to another memory, or from it; its result names both places
+            return sum(shape.main_bytes for shape in op.shapes[:2])
         if op.opcode in SLICES:
-            return 2 * op.bytes
+            return op.main_bytes + (0 if arguments[0].elsewhere else op.bytes)
         if op.opcode == "dynamic-update-slice":
-            return 2 * sum(z.bytes for z in where.operand_shapes(op)[1:2])
+            return arguments[1].main_bytes + (0 if op.shapes[0].elsewhere else arguments[1].bytes)
         if op.opcode != "fusion":
-            return op.bytes + sum(shape.bytes for shape in where.operand_shapes(op))
+            return op.main_bytes + sum(shape.main_bytes for shape in arguments)
         inside = self._called(op)
         read = sum(self._read(inside, p) for p in inside.ops if p.opcode == "parameter")
         root = inside.ops[-1]
@@ -192,14 +208,18 @@ class Program:
 
     def _tiled_anew(self, op: Op) -> bool:
         """A copy in the place of its argument, inside a fusion: what is read of it is tiled anew, and nothing else."""
-        return op.opcode == "fusion" and ALIASED in op.attributes and self._called(op).ops[-1].opcode == "copy"
+        return (
+            op.opcode == "fusion"
+            and ALIASED in op.attributes
+            and [z.opcode for z in self._called(op).ops] == ["parameter", "copy"]
+        )
 
     def _called(self, fusion: Op) -> Computation:
         return self.computations[CALLED.findall(fusion.attributes)[0][1].lstrip("%")]
 
     def _read(self, inside: Computation, op: Op) -> float:
         """Bytes of a fusion's argument that it reads: slices alone where nothing else is done with it, also in a fusion inside it."""
-        return min(op.bytes, sum(self._read_by(inside, user, op) for user in inside.users.get(op.name, [])))
+        return min(op.main_bytes, sum(self._read_by(inside, user, op) for user in inside.users.get(op.name, [])))
 
     def _read_by(self, inside: Computation, user: Op, op: Op) -> float:
         if user.opcode == "bitcast" or self._tiled_anew(user):
@@ -279,7 +299,9 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(Shape(dtype, _integers(dims)) for dtype, dims in ARRAY.findall(text))
+    return tuple(
+        Shape(dtype, _integers(dims), bool(SPACE.search(layout))) for dtype, dims, layout in ARRAY.findall(text)
+    )
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -367,6 +389,8 @@ def _received(kind: str, devices: int) -> float:
 
 
 def _written(inside: Computation, result: Op) -> float:
+    if result.shapes[0].elsewhere:
+        return 0
     while result.opcode == "bitcast" and result.operands[0] in inside.by_name:
         result = inside.by_name[result.operands[0]]
     if result.opcode == "dynamic-update-slice":

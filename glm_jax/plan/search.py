@@ -36,7 +36,7 @@ class Found:
 
 
 def search(run: Run, machine: Target, rows: int, length: int, step: str) -> Found:
-    """Every mesh that divides the machine. ConfigError where none can be laid out, or nothing fits."""
+    """Every mesh of data, fsdp, context and expert axes that divides the machine. ConfigError where nothing can be laid out and fits."""
     found = Found([], {}, {})
     for sizes in meshes(machine.count, machine.slices):
         if step == "sample" and sizes.data > machine.slices:
@@ -78,7 +78,7 @@ def seconds(work: Work, machine: Target) -> dict[str, float]:
 
 
 def meshes(devices: int, slices: int = 1) -> Iterator[Sizes]:
-    """Every mesh of so many devices; `data` goes over the slices."""
+    """Every mesh of these axes of so many devices; `data` goes over the slices."""
     for data in _divisors(devices):
         if data % slices == 0:
             for fsdp in _divisors(devices // data):

@@ -52,7 +52,8 @@ class Target:
     @property
     def count(self) -> int:
         """Devices, of all slices."""
-        return self.slices * math.prod(self.sides) * DEVICES_PER_CHIP.get(self.kind, 1)
+        slices = 1 if self.gpu else self.slices  # of GPUs the first side counts them
+        return slices * math.prod(self.sides) * DEVICES_PER_CHIP.get(self.kind, 1)
 
     def crossed(self, devices: int) -> float:
         """Links that a row crosses on its way from one of so many devices to another that it alone is meant for: on average, in a
@@ -89,7 +90,7 @@ def target(name: str, slices: int = 1) -> Target:
         raise ConfigError(f"topology {name!r} does not exist; {_offer(name)}")
     if kind == "h200" and slices > 1:
         raise ConfigError(f"slices={slices}: of GPUs the topology's first number counts slices, e.g. h200:{slices}x1x8")
-    return Target(name, slices)
+    return Target(name, int(sides[: sides.index("x")]) if kind == "h200" else slices)
 
 
 def can_compile(machine: Target) -> bool:

@@ -47,7 +47,7 @@ LATEST = jnp.iinfo(jnp.int32).max
 @dataclass(frozen=True)
 class Config:
     """Most queries and keys in a tile, and rows in one of its parts (of queries forward, of keys backward); whether queries may
-    have prefixes, else no code is made for them."""
+    have prefixes, else tiles' masks are made without them."""
 
     queries: int = 1024
     keys: int = 1024

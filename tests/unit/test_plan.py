@@ -142,6 +142,18 @@ def test_nor_one_that_is_read_and_written_in_place():
     assert Program(text).bytes_moved == Program(PROGRAM).bytes_moved
 
 
+def test_what_lies_in_the_fast_memory_moves_once_to_get_there():
+    w, whole, x = 8 * 16 * 2, 16 * 16 * 2, 4 * 16 * 4
+    near = PROGRAM.replace(
+        "  %y = f32[4,16]{1,0} dot(%x, ",
+        "  %begun = (f32[4,16]{1,0:S(1)}, f32[4,16]{1,0}, u32[]{:S(2)}) copy-start(%x)\n"
+        "  %near = f32[4,16]{1,0:S(1)} copy-done(%begun)\n"
+        "  %y = f32[4,16]{1,0:T(4,128)S(1)} dot(%near, ",
+    )
+    in_a_trip = (w + 4 + w) + (w + whole) + x + whole
+    assert Program(near).bytes_moved == 5 * in_a_trip + (x + x + 4 * 4 * 4) + (x + x)
+
+
 def test_batched_products_are_convolutions_with_holes():
     labels = "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf"
     batched = PROGRAM.replace(
@@ -323,6 +335,8 @@ def test_the_way_out_of_a_machine_that_is_too_small():
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
         ("v5p:4x4x8", Mesh(fsdp=16, expert=8), 128, 131_072, "On v5p:4x4x8 it fits by arithmetic with model.remat=offload"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
+        ("v5p:8x8x8", Mesh(data=64, fsdp=1, expert=8), 512, 4096, "fits by arithmetic: v5p:8x8x8 with data=1, fsdp=64"),
+        ("h200:2x1x8", Mesh(data=1, fsdp=2, expert=8), 64, 4096, "data=1 must be a multiple of slices=2"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_compiled(machine, sizes, rows, length, told):
@@ -350,7 +364,7 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
     assert sum(row["bytes"] for row in found["collectives"].values()) / 600e9 == found["roofline_s"]["network"]
 
     path = tmp_path / "plan_glm45.json"
-    changed = script._changed(replace(GLM45, **{"optim.momentum_dtype": "bfloat16", "mesh.expert": 4}))
+    changed = script._changed(replace(GLM45, **{"optim.momentum_dtype": "bfloat16", "mesh.expert": 4}), "train")
     path.write_text(json.dumps(found | {"peak_rss_gb": 4.0, "changed": changed}))
     assert (
         "| glm45, momentum_dtype bfloat16 | 512: v5p:8x8x8 | fsdp 64, expert 8 | 512 x 4,096 | 5.25 + 20.00 (12.00) of 95 |"
