@@ -16,7 +16,7 @@ RAGGED = "ragged-all-to-all"
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", RAGGED)
 NO_TRAFFIC = {  # with memory: names for what lies there already
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "opt-barrier",
+    "partition-id", "replica-id", "iota", "call-start", "async-start", "async-update", "async-done", "opt-barrier",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
 ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # the result lies where the first argument lay
