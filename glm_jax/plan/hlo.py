@@ -194,8 +194,9 @@ class Program:
         arguments = where.operand_shapes(op)
         if op.opcode == "copy-start":  # to another memory, or from it; its result names both places
             return sum(shape.main_bytes for shape in op.shapes[:2])
-        if op.opcode in SLICES:
-            return op.main_bytes + (0 if arguments[0].elsewhere else op.bytes)
+        if op.opcode.removesuffix("-start") in SLICES:
+            taken = op.shapes[1 if op.opcode.endswith("-start") else 0]  # begun, it names what it is cut from first
+            return taken.main_bytes + (0 if arguments[0].elsewhere else taken.bytes)
         if op.opcode == "dynamic-update-slice":
             return arguments[1].main_bytes + (0 if op.shapes[0].elsewhere else arguments[1].bytes)
         if op.opcode != "fusion":

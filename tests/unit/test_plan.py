@@ -153,6 +153,11 @@ def test_what_lies_in_the_fast_memory_moves_once_to_get_there():
     in_a_trip = (w + 4 + w) + (w + whole) + x + whole
     assert Program(near).bytes_moved == 5 * in_a_trip + (x + x + 4 * 4 * 4) + (x + x)
 
+    begun = "((f32[4,16]{1,0}), f32[4,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:4], [0:16]}"
+    piece = near.replace("(f32[4,16]{1,0:S(1)}, f32[4,16]{1,0}, u32[]{:S(2)}) copy-start(%x)", begun)
+    assert piece != near
+    assert Program(piece).bytes_moved == Program(near).bytes_moved
+
 
 def test_batched_products_are_convolutions_with_holes():
     labels = "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf"
