@@ -199,7 +199,7 @@ def readme(paths: Sequence[Path]) -> str:
         "the chip's roofline of the useful operations, `over_ideal` the bundles of the inner loop over the cycles of its matmuls",
         "(up to 1 the matrix units are the bound), `spills` vector registers written to memory in an iteration of it.",
         "A loop that takes one of several branches in each iteration counts all of them: our attention on TPU has a tile without a",
-        "mask, with one, and with prefixes too, so its `over_ideal` is their mean and its `spills` their sum.",
+        "mask, with one, and where queries have prefixes one with these too, so its `over_ideal` is their mean and its `spills` their sum.",
         "`operations_over_useful` counts the body of an XLA loop once (cross-entropy's chunks), and a kernel by its cost estimate.",
     ]
     for path in paths:
