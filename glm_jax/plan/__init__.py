@@ -217,12 +217,10 @@ def _does_not_fit(work: Work, machine: Target, needed: dict[str, float]) -> str:
     terms = ", ".join(f"{term} {size / GIB:.1f} GiB" for term, size in needed.items())
     largest = max(needed, key=lambda term: needed[term])
     ways = [way for way in (_smallest(work, machine), _thriftier(work, machine)) if way]
+    less = "" if largest.startswith("state") else ", fewer rows or shorter ones"  # rows have no part in the state
     return (
         f"plan cannot fit: {terms} a device, and {machine.kind} has {chip / GIB:.1f}; what overflows is {largest}. "
-        + (
-            "; ".join(ways)
-            or f"Use a larger machine{'' if largest.startswith('state') else ', fewer rows or shorter ones'}"
-        )
+        + ("; ".join(ways) or f"Use a larger machine{less}")
     )
 
 

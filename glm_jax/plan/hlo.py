@@ -22,9 +22,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # the result lies where the first argument lay
 BITS = re.compile(r"\d+")
 ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-SPACE = re.compile(
-    r"S\(\d+\)"
-)  # of a layout: the fast memory, the host's, and others; the main memory goes without saying
+SPACE = re.compile(r"S\(\d+\)")  # in a layout: another memory than the main one, which goes without saying
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 NAME = re.compile(r"%([\w.\-]+)")

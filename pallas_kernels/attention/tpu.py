@@ -156,8 +156,8 @@ def _fitted(config: Config, q_BTNH: Array, k_BSKH: Array) -> Config:
         return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
 
     queries, keys = block(q_BTNH.shape[1], config.queries), block(k_BSKH.shape[1], config.keys)
-    parts = part(queries, config.forward_part), part(keys, config.backward_part)
-    return Config(queries, keys, *parts, prefixes=config.prefixes)
+    forward, backward = part(queries, config.forward_part), part(keys, config.backward_part)
+    return replace(config, queries=queries, keys=keys, forward_part=forward, backward_part=backward)
 
 
 def _padded(z: Array, block: int, dim: int = 1) -> Array:
@@ -222,11 +222,9 @@ def _by_kind(flag: Array, tile, config: Config) -> None:
     """`tile(masked, prefixed)` as this tile needs it."""
     full, prefixed = flag & FULL != 0, flag & PREFIXED != 0
     pl.when(full)(lambda: tile(False, False))
-    if not config.prefixes:
-        pl.when(~full)(lambda: tile(True, False))
-        return
     pl.when(~full & ~prefixed)(lambda: tile(True, False))
-    pl.when(~full & prefixed)(lambda: tile(True, True))
+    if config.prefixes:
+        pl.when(~full & prefixed)(lambda: tile(True, True))
 
 
 def _parts(rows: int, size: int) -> list[slice]:
