@@ -9,6 +9,8 @@
 The step is compiled as it would run, on this machine and without the chips: for TPU with the libtpu wheel that jax
 pins, for H200 with its CUDA plug-in. What cannot be laid out, or cannot fit by arithmetic, is refused in seconds.
 All figures are of one device and one step: GiB of 2^30 bytes, bytes that a device receives, floating-point operations.
+The roofline's "network" is the links of a slice, or of a host of GPUs; "dcn" is what joins several, from each of which the bytes
+that all its devices want come once.
 Temporaries are jax's memory_analysis().temp_size_in_bytes, by which other code bases are measured too. Where arguments are
 donated it counts more than is held at once: what is held at the peak is told beside it, and decides whether a plan fits.
 `--table` prints the table of all plans in experiments/results.
@@ -53,8 +55,7 @@ class Args:
     remat: Literal["none", "layer", "offload"] | None = None
     """What a layer keeps for its backward pass: all; what enters it; that in the host's memory. By default the recipe's."""
     slices: int = 1
-    """So many of the topology, joined by a slower network; the data axis goes over them. The network's time is counted at the
-    chips' own links on every axis, also where a slower network is crossed: between slices, or between hosts of GPUs."""
+    """So many of the topology, joined by a slower network; the data axis goes over them. (Of GPUs the topology's first number.)"""
     step: Literal["train", "grpo", "sample"] = "train"
     """What to plan: pre-training's step; RL's update on answers (settings: post.unify.grpo); or sampling, in which each of --batch
     rows reads half of --seq tokens (prefill) and draws the other half (decode, one token after another)."""
@@ -81,7 +82,7 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
         )
     sizes = mesh_of(args, run)
     if args.search and args.mesh:
-        raise ConfigError(f"--search tries every mesh; leave --mesh {args.mesh} out, or --search")
+        raise ConfigError(f"--search chooses the mesh; leave --mesh {args.mesh} out, or --search")
     machine = _machine(args)
     if args.out and not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")

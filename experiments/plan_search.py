@@ -62,7 +62,7 @@ def rank(plan: dict[str, Any]) -> tuple[bool, float]:
 def table(found: "Found", ranked: list[dict[str, Any]]) -> str:
     """The best by arithmetic, those that were compiled with the compiler's figures in front."""
     lines = [
-        f"{'':2} {'mesh':<34} {'GiB at the peak':>16} {'compute':>8} {'memory':>8} {'network':>8} s {'MFU bound':>10}"
+        f"{'':2} {'mesh':<34} {'GiB at the peak':>16} {'compute':>8} {'memory':>8} {'network':>8} {'dcn':>8} s {'MFU bound':>10}"
     ]
     for place, plan in enumerate(ranked, 1):
         if "error" in plan:
@@ -86,7 +86,7 @@ def table(found: "Found", ranked: list[dict[str, Any]]) -> str:
 
 
 def _row(place: str, name: str, gib: float, seconds: dict[str, float], bound: str, fits: bool) -> str:
-    times = " ".join(f"{seconds[key]:8.3f}" for key in ("compute", "memory", "network"))
+    times = " ".join(f"{seconds[key]:8.3f}" for key in ("compute", "memory", "network", "dcn"))
     return f"{place:>2} {name:<34} {gib:16.2f} {times}   {bound:>10}{'' if fits else '  DOES NOT FIT'}"
 
 

@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from glm_jax import mesh, model
 from glm_jax.config import ConfigError, Run, replace
 from glm_jax.config import Mesh as Sizes
@@ -37,6 +39,7 @@ THRIFT: tuple[dict[str, str], ...] = (  # what makes a step need less memory, th
     {"optim.momentum_dtype": "bfloat16"},
     {"optim.momentum_dtype": "bfloat16", "model.remat": "offload"},
 )
+TO_ONE = ("all-to-all", RAGGED, "collective-permute")  # collectives whose bytes one device each wants
 # parts of the names of kernels whose cost estimate counts every row that there is room for; balanced, a share of them is real
 GROUPED = ("gmm", "gate_up", "hidden_grad", "rows_grad")
 
@@ -87,11 +90,30 @@ def arithmetic(work: Work) -> Any:
     return sampling if work.step in ("sample", *SAMPLING) else analytic
 
 
-def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> float:
-    """For the bytes of each "axis kind" that a device receives. A ragged all-to-all's take up every link that they cross, while of
-    gathered rows each link that they cross leads to a device that wants them."""
+def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> dict[str, float]:
+    """For the bytes of each "axis kind" that a device receives: over the fast links of a slice or of a host of GPUs ("network"), and
+    over what joins several ("dcn"). A ragged all-to-all's take up every link that they cross, while of gathered rows each link that
+    they cross leads to a device that wants them."""
     crossed = machine.crossed(work.axes[mesh.EXPERT] * work.axes[mesh.TENSOR])  # tensor's devices lie between
-    return sum(size * (crossed if RAGGED in key else 1) for key, size in traffic.items()) / machine.link_bandwidth
+    near = far = 0.0
+    for key, size in traffic.items():
+        axes, _, kind = key.rpartition(" ")
+        share = _from_afar(work, machine, axes.split("+"), kind)
+        near += size * (1 - share) * (crossed if kind == RAGGED else 1)
+        far += size * share
+    return {"network": near / machine.link_bandwidth, "dcn": far / machine.dcn_bandwidth}
+
+
+def _from_afar(work: Work, machine: Target, axes: list[str], kind: str) -> float:
+    """The share of what a device receives along these axes that comes from other slices, or hosts of GPUs, at the least: what all
+    devices of one want comes there once, a part to each, and is passed on."""
+    island = np.arange(work.devices).reshape(*work.axes.values()) // machine.island
+    group = island[tuple(slice(None) if axis in axes else 0 for axis in work.axes)]
+    devices, islands = group.size, np.unique(group).size
+    if islands == 1:
+        return 0.0
+    each = devices // islands
+    return (devices - each if kind in TO_ONE else islands - 1) / (devices - 1)
 
 
 def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
@@ -110,8 +132,7 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     seconds = {
         "compute": flops / machine.chip.flops,
         "memory": program.bytes_moved / machine.chip.bandwidth,
-        "network": network_seconds(work, machine, {key: row["bytes"] for key, row in collectives.items()}),
-    }
+    } | network_seconds(work, machine, {key: row["bytes"] for key, row in collectives.items()})
     useful = operations["model"] / machine.chip.flops
     used = compiled.argument_bytes + compiled.result_bytes + compiled.peak_bytes
     return {

@@ -73,8 +73,7 @@ def seconds(work: Work, machine: Target) -> dict[str, float]:
     return {
         "compute": sum(by.operations(work).values()) / machine.chip.flops,
         "memory": held / machine.chip.bandwidth,
-        "network": network_seconds(work, machine, by.traffic(work)),
-    }
+    } | network_seconds(work, machine, by.traffic(work))
 
 
 def meshes(devices: int, slices: int = 1) -> Iterator[Sizes]:

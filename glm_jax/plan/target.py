@@ -17,7 +17,10 @@ GIB = 2.0**30
 
 # Bytes a second that one device receives over all its links, from their makers' pages (half of what is given for both ways).
 LINKS = {"v5e": 200e9, "v5p": 600e9, "v6e": 400e9, "tpu7x": 300e9, "h200": 450e9}
+# The same between slices, or between hosts of GPUs: its share of its host's network cards (an H200 has one of 400 Gb/s to itself).
+DCN = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 6.25e9, "h200": 50e9}
 DEVICES_PER_CHIP = {"tpu7x": 2}
+HOSTS = re.compile(r"[1-9]\d*x[1-9]\d*x8")  # of GPUs: any number, all whole
 FLAT = {"v5e": 2, "v6e": 2}  # sides of the torus, where they are not 3
 TORUS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 
@@ -42,6 +45,10 @@ class Target:
         return LINKS[self.kind]
 
     @property
+    def dcn_bandwidth(self) -> float:
+        return DCN[self.kind]
+
+    @property
     def gpu(self) -> bool:
         return self.kind == "h200"
 
@@ -54,6 +61,11 @@ class Target:
         """Devices, of all slices."""
         slices = 1 if self.gpu else self.slices  # of GPUs the first side counts them
         return slices * math.prod(self.sides) * DEVICES_PER_CHIP.get(self.kind, 1)
+
+    @property
+    def island(self) -> int:
+        """Devices that fast links join: of a slice, or of a host of GPUs. In a mesh they follow one another."""
+        return self.sides[-1] if self.gpu else self.count // self.slices
 
     def crossed(self, devices: int) -> float:
         """Links that a row crosses on its way from one of so many devices to another that it alone is meant for: on average, in a
@@ -86,7 +98,7 @@ def target(name: str, slices: int = 1) -> Target:
     kind, _, sides = name.partition(":")
     if kind not in LINKS:
         raise ConfigError(f"topology {name!r}: unknown chip {kind!r}; {_offer(name)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides) or name not in names(kind):
+    if name not in names(kind) and not (kind == "h200" and HOSTS.fullmatch(sides)):
         raise ConfigError(f"topology {name!r} does not exist; {_offer(name)}")
     if kind == "h200" and slices > 1:
         raise ConfigError(f"slices={slices}: of GPUs the topology's first number counts slices, e.g. h200:{slices}x1x8")
@@ -99,7 +111,8 @@ def can_compile(machine: Target) -> bool:
 
 
 def names(kind: str) -> list[str]:
-    """Topologies of a chip, the smallest first: sides in order, whole hosts of 2 x 2 chips, or of up to 8 GPUs."""
+    """Topologies of a chip that are offered, the smallest first: sides in order, whole hosts of 2 x 2 chips, or of up to 8 GPUs (of
+    hosts there can be any number)."""
     if kind == "h200":
         hosts = ["1x1x1", "1x1x2", "1x1x4", *(f"1x{hosts}x8" for hosts in (1, 2, 4, 8, 16, 32, 64, 128))]
         return [f"{kind}:{sides}" for sides in hosts] + [f"{kind}:{slices}x1x8" for slices in (2, 4, 8, 16)]

@@ -270,7 +270,28 @@ def test_a_row_of_a_ragged_exchange_crosses_several_links_of_a_torus():
     ragged, gathered = (
         plan.network_seconds(work, POD, {f"expert {kind}": 600e9}) for kind in ("ragged-all-to-all", "all-gather")
     )
-    assert (ragged, gathered) == (POD.crossed(16), 1)
+    assert (ragged["network"], gathered["network"]) == (POD.crossed(16), 1)
+
+
+@pytest.mark.parametrize(
+    ("machine", "sizes", "key", "far"),
+    [
+        (plan.target("v5p:4x4x8", 2), Mesh(data=2, fsdp=16, expert=8), "data all-reduce", 1),
+        (plan.target("v5p:4x4x8", 2), Mesh(data=4, fsdp=8, expert=8), "data all-reduce", 1 / 3),
+        (plan.target("v5p:4x4x8", 2), Mesh(data=2, fsdp=16, expert=8), "fsdp all-gather", 0),
+        (plan.target("h200:1x8x8"), Mesh(fsdp=8, expert=8), "expert all-gather", 0),
+        (plan.target("h200:1x8x8"), Mesh(fsdp=8, expert=8), "fsdp all-gather", 1),
+        (plan.target("h200:1x8x8"), Mesh(fsdp=16, expert=4), "fsdp all-gather", 7 / 15),  # of 15 others' parts 7 each by two
+        (plan.target("h200:1x8x8"), Mesh(fsdp=8, expert=8), "fsdp+expert all-to-all", 56 / 63),
+        (plan.target("h200:1x4x8"), Mesh(fsdp=2, expert=16), "expert ragged-all-to-all", 8 / 15),
+        (plan.target("h200:2x1x8"), Mesh(data=2, expert=8), "data all-reduce", 1),
+    ],
+)  # fmt: skip
+def test_what_other_slices_or_hosts_have_comes_once_and_over_their_network(machine, sizes, key, far):
+    work = plan.laid_out(recipes.get("air"), machine, sizes, 256, 4096)
+    seconds = plan.network_seconds(work, machine, {key: 1e9})
+    assert seconds["dcn"] == pytest.approx(far * 1e9 / machine.dcn_bandwidth)
+    assert seconds["network"] == pytest.approx((1 - far) * 1e9 / machine.link_bandwidth)
 
 
 def test_a_ragged_exchange_carries_what_either_side_has_room_for():
@@ -313,7 +334,14 @@ def test_a_topology_that_does_not_exist(name, told):
 
 
 def test_devices_of_a_topology():
-    counts = {"v5p:8x8x8": 512, "v6e:16x16": 256, "tpu7x:4x4x8": 256, "h200:1x1x8": 8, "h200:1x8x8": 64}
+    counts = {
+        "v5p:8x8x8": 512,
+        "v6e:16x16": 256,
+        "tpu7x:4x4x8": 256,
+        "h200:1x1x8": 8,
+        "h200:1x8x8": 64,
+        "h200:1x3x8": 24,
+    }
     assert {name: plan.target(name).count for name in counts} == counts
     assert plan.target("v5p:4x4x4", slices=2).count == 128
     assert all(
@@ -362,7 +390,7 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
     }  # fmt: skip
     assert (found["args_gib"], found["temp_gib"], found["peak_temp_gib"], found["fits"]) == (5.25, 20, 12, True)
     assert found["params"] == pytest.approx(356.8e9, rel=1e-3)
-    assert set(found["roofline_s"]) == {"compute", "memory", "network"}
+    assert set(found["roofline_s"]) == {"compute", "memory", "network", "dcn"}
     gather = found["collectives"]["expert all-gather"]  # the program's groups of neighbours lie along the last axis
     assert gather["bytes"] == 5 * 8 * 16 * 2
     assert gather["minimum"] > 0

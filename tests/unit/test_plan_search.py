@@ -57,7 +57,7 @@ def write_plan(name: str, out) -> None:
     """What a plan of this mesh would write: the first one's compiler dies, and the next one does not fit."""
     if name == "fsdp=32,expert=16":
         raise SystemExit(3)
-    plan = {"roofline_s": {"compute": 2.0, "memory": 1.0, "network": 1.0}, "mfu_bound": 0.5}
+    plan = {"roofline_s": {"compute": 2.0, "memory": 1.0, "network": 1.0, "dcn": 0.0}, "mfu_bound": 0.5}
     fits = name != "fsdp=16,context=2,expert=16"
     out.write_text(json.dumps(plan | {"held_gib": 15.0, "fits": fits}))
 
@@ -76,5 +76,5 @@ def test_the_compiler_has_the_last_word(capsys):
 
 
 def test_a_search_takes_no_mesh():
-    with pytest.raises(ConfigError, match="--search tries every mesh; leave --mesh expert=8 out"):
+    with pytest.raises(ConfigError, match="--search chooses the mesh; leave --mesh expert=8 out"):
         script.main(script.Args(search=True, mesh="expert=8"), GLM45)
