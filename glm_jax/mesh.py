@@ -356,16 +356,16 @@ def out_sharding(dims: str) -> PartitionSpec | None:
 
 
 def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> Callable:
-    """`fn` on each device's tokens: activations named by `ins` in, those named by `outs` back; the output matrix, "DV", and the
-    embedding, "VD", with their share of the vocabulary. Kernels run inside."""
+    """`fn` on each device's tokens: activations named by `ins` in (None, or several of one layout, too), those named by `outs` back; the
+    output matrix, "DV", and the embedding, "VD", with their share of the vocabulary. Kernels run inside."""
     if not active():
         return fn
 
-    def layout(dims: str, x: Array) -> PartitionSpec:
+    def layout(dims: str, x: Any) -> PartitionSpec:
         share = {"DV": (None, SHARING), "VD": (SHARING,)}.get(dims)
         return PartitionSpec(*share, reduced=jax.typeof(x).sharding.spec.reduced) if share else activation(dims)
 
-    def run(*arrays: Array) -> Any:
+    def run(*arrays: Any) -> Any:
         layouts = tuple(map(layout, ins, arrays))
         return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))(*arrays)
 

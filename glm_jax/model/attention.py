@@ -90,30 +90,27 @@ def attention(
         cache = kv.extend(cache, layer, k_BTKH, v_BTKH)
         k_BSKH, v_BSKH = kv.read(cache, layer)
         positions_BS, segments_BS = cache.positions_BS, cache.segments_BS
-    shared = ()
+    shared, prefixes_BT = None, at.prefixes_BT
     if cache is not None and cache.shared is not None:
-        shared = (cache.shared.k_LKSH[layer], cache.shared.v_LKSH[layer])
+        shared, prefixes_BT = (cache.shared.k_LKSH[layer], cache.shared.v_LKSH[layer]), None
 
-    prefixes = () if shared or at.prefixes_BT is None else (at.prefixes_BT,)
-
-    def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, *more):
+    def attend(q, k, v, q_at, k_at, q_prefixes, shared):
         if cache is None:  # this device's queries meet the keys of their whole row
-            k, v, k_positions, k_segments = (mesh.row(z) for z in (k, v, k_positions, k_segments))
+            k, v, k_at = jax.tree.map(mesh.row, (k, v, k_at))
+        (q_positions, q_segments), (k_positions, k_segments) = q_at, k_at
         return attention_kernel(
             q, k, v,
             q_positions_BT=q_positions, k_positions_BS=k_positions,
             q_segments_BT=q_segments, k_segments_BS=k_segments,
-            q_prefixes_BT=more[0] if prefixes else None, shared_KSH=more if shared else None,
-            scale=cfg.H**-0.5, implementation=cfg.implementation,
+            q_prefixes_BT=q_prefixes, shared_KSH=shared, scale=cfg.H**-0.5, implementation=cfg.implementation,
         )  # fmt: skip
 
-    keys = ("BTKH", "BT") if cache is None else ("BSKH", "BS")
-    layouts = ("BTNH", keys[0], keys[0], "BT", keys[1], "BT", keys[1], *["BT"] * len(prefixes), *["KSH"] * len(shared))
-    attend = mesh.per_shard(attend, layouts, "BTNH")
-    where = (at.positions_BT, positions_BS, at.segments_BT, segments_BS)
+    keys, of_keys = ("BTKH", "BT") if cache is None else ("BSKH", "BS")
+    attend = mesh.per_shard(attend, ("BTNH", keys, keys, "BT", of_keys, "BT", "KSH"), "BTNH")
+    where = (at.positions_BT, at.segments_BT), (positions_BS, segments_BS), prefixes_BT, shared
 
     def rotate_and_attend(q_BTNH, q_scale_H, k_BSKH, v_BSKH):
-        return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where, *prefixes, *shared)
+        return attend(_rotated(cfg, q_BTNH, q_scale_H, at), k_BSKH, v_BSKH, *where)
 
     def output(y_BTNH, o_NHD):
         return project(y_BTNH, mesh.gather(o_NHD, declare(Attention, cfg).o_NHD, cfg.dtype), ins=2, to="BTD")

@@ -27,7 +27,8 @@ def attention(
     """Each query's softmax-weighted mean of the values it sees: keys of its own segment at positions not after its own.
 
     With q_prefixes_BT it also sees the keys of that segment: several continuations of one prompt share its keys and
-    values. A prefix has a smaller number than the segments that continue it; without one, name the query's own.
+    values. A prefix has a smaller number than the segments that continue it; a query without one names its own. (Where no
+    query has one, left out is faster.)
     shared_KSH are keys and values that stand before everything and that every query sees, such as the beginning that all
     rows of a cache have in common: held once, read once. They are the prefix then, so q_prefixes_BT must be left out.
     Segment 0 is padding: never seen, and its queries, like any query that sees no key, come out zero. Query head n
@@ -37,8 +38,6 @@ def attention(
     """
     if shared_KSH is not None and q_prefixes_BT is not None:
         raise ValueError("attention: shared keys are every query's prefix; leave q_prefixes_BT out, or the shared keys")
-    if q_prefixes_BT is None:
-        q_prefixes_BT = q_segments_BT
     places = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, q_prefixes_BT)
     _check(q_BTNH, k_BSKH, v_BSKH, *places)
     if shared_KSH is not None:
@@ -57,7 +56,7 @@ def _check_shared(k: Array, shared_k: Array, shared_v: Array) -> None:
             )
 
 
-def _check(q: Array, k: Array, v: Array, *places: Array) -> None:
+def _check(q: Array, k: Array, v: Array, *places: Array | None) -> None:
     if (
         q.ndim != 4
         or k.ndim != 4
@@ -76,5 +75,7 @@ def _check(q: Array, k: Array, v: Array, *places: Array) -> None:
     names = ("q_positions", "k_positions", "q_segments", "k_segments", "q_prefixes")
     for name, z in zip(names, places, strict=True):
         like = q if name.startswith("q") else k
+        if z is None:
+            continue
         if z.shape != like.shape[:2] or not jnp.issubdtype(z.dtype, jnp.integer):
             raise ValueError(f"attention: {name} {z.shape} {z.dtype} must be integers of shape {like.shape[:2]}")

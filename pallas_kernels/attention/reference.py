@@ -5,12 +5,18 @@ from jax import Array
 
 
 def visible_BTS(
-    q_positions_BT: Array, k_positions_BS: Array, q_segments_BT: Array, k_segments_BS: Array, q_prefixes_BT: Array
+    q_positions_BT: Array,
+    k_positions_BS: Array,
+    q_segments_BT: Array,
+    k_segments_BS: Array,
+    q_prefixes_BT: Array | None,
 ) -> Array:
     """Boolean [B, T, S]: the key is not later than the query, and of its segment or its prefix; segment 0 is padding."""
     earlier_BTS = k_positions_BS[:, None, :] <= q_positions_BT[:, :, None]
-    own_BTS, before_BTS = (k_segments_BS[:, None, :] == z[:, :, None] for z in (q_segments_BT, q_prefixes_BT))
-    return earlier_BTS & (own_BTS | before_BTS) & (q_segments_BT != 0)[:, :, None]
+    of_BTS = k_segments_BS[:, None, :] == q_segments_BT[:, :, None]
+    if q_prefixes_BT is not None:
+        of_BTS |= k_segments_BS[:, None, :] == q_prefixes_BT[:, :, None]
+    return earlier_BTS & of_BTS & (q_segments_BT != 0)[:, :, None]
 
 
 def joined(shared_KSH, k_BSKH, v_BSKH, k_positions_BS, q_segments_BT, k_segments_BS):

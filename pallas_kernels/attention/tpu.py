@@ -89,12 +89,12 @@ def attention(
         [
             jnp.where(q_real_BT, q_positions_BT, -LATEST),  # padding sees nothing, and is seen by nothing
             q_segments_BT,
-            jnp.where(q_real_BT, q_prefixes_BT, 0),
+            jnp.where(q_real_BT, q_segments_BT if q_prefixes_BT is None else q_prefixes_BT, 0),
         ],
         axis=1,
     )
     k_at_B2S = jnp.stack([jnp.where(k_real_BS, k_positions_BS, LATEST), k_segments_BS], axis=1)
-    config = replace(_config(), prefixes=q_prefixes_BT is not q_segments_BT)  # the door gives the same array for none
+    config = replace(_config(), prefixes=q_prefixes_BT is not None)
     return _attention(q_BTNH, k_BSKH, v_BSKH, q_at_B3T.astype(jnp.int32), k_at_B2S.astype(jnp.int32), scale, config)
 
 

@@ -35,6 +35,7 @@ def attention(
         k_BSKH, v_BSKH, k_positions_BS, k_segments_BS, q_segments_BT, q_prefixes_BT = reference.joined(
             shared_KSH, k_BSKH, v_BSKH, k_positions_BS, q_segments_BT, k_segments_BS
         )
+    q_prefixes_BT = q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
     q_BTNH, *q_at_BT = (_pad(z) for z in (q_BTNH, q_positions_BT, q_segments_BT, q_prefixes_BT))
     k_BSKH, v_BSKH, *k_at_BS = (_pad(z) for z in (k_BSKH, v_BSKH, k_positions_BS, k_segments_BS))
     q_BKRH, k_BKSH, v_BKSH = _rows(q_BTNH, K), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
