@@ -1,8 +1,8 @@
 """Parameters as sampling holds them: layer by layer, in the type that they compute in.
 
 A decoded token costs what reading the weights costs. A CPU copies the second factor of a product before it multiplies, but reads
-the first once and in order, if what is summed over lies side by side: so there matrices are held with their inputs innermost,
-and `model.ops.project` puts them first. Each use begins with `as_declared`, which the products undo: nothing is moved.
+the first once and in order, if what is summed over lies side by side: so there matrices are held with their inputs innermost (of
+experts' ways back to D also the experts, whose results are added up), and `model.ops.project` puts them first. Each use begins with `as_declared`, which the products undo: nothing is moved.
 """
 
 import dataclasses
@@ -42,8 +42,9 @@ def _turned(cfg: Model, params: model.GLM, back: bool) -> model.GLM:
     def turn(spec: Spec, w: Array) -> Array:
         if spec.kind not in ("matrix", "shared", "head"):
             return w
-        first, count = len(spec.batch), len(spec.outs if back else spec.ins)
-        return jnp.moveaxis(w, range(first, first + count), range(-count, 0))
+        first = 0 if "D" in spec.outs else len(spec.batch)
+        last = first + len(spec.outs) if back else len(spec.batch) + len(spec.ins)
+        return jnp.moveaxis(w, range(first, last), range(first - last, 0))
 
     def layers(stack: Any) -> tuple | None:
         return None if stack is None else tuple(declare(type(p), cfg) for p in stack)

@@ -151,15 +151,23 @@ def expert_mlp(
 def _all_experts(
     x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
 ) -> Array:
-    """Every token through every expert: with few tokens the weights' way from memory is the whole cost, and this reads them once,
-    as a product's first factor and in order where they are held with their inputs side by side (`glm_jax.sample.weights`)."""
-    E = gate_EDM.shape[0]
+    """Every token through every expert: with few tokens the weights' way from memory is the whole cost, and this reads them once: all
+    experts' in one product, as its first factor, and in order where they are held with what is summed over innermost, [E, M, D]
+    and [D, E, M] (`glm_jax.sample.weights`)."""
+    E, D, M = gate_EDM.shape
     chosen_XAE = experts_XA[..., None] == jnp.arange(E)
     weight_EX = jnp.where(chosen_XAE, weights_XA[..., None].astype(F32), 0).sum(1).T
-    x_EXD = jnp.broadcast_to(x_XD.astype(F32), (E, *x_XD.shape))
-    gate_EMX, up_EMX = (jnp.einsum("emd,exd->emx", w.swapaxes(1, 2).astype(F32), x_EXD) for w in (gate_EDM, up_EDM))
+
+    def product(w: Array, z: Array) -> Array:
+        """Behind barriers, or the compiler takes the transpositions before and after into it, with the tokens as first factor."""
+        return lax.optimization_barrier(w.astype(F32) @ lax.optimization_barrier(z.astype(F32)))
+
+    gate_EMX, up_EMX = (
+        product(w.swapaxes(1, 2).reshape(E * M, D), x_XD.T).reshape(E, M, -1) for w in (gate_EDM, up_EDM)
+    )
     active_EMX = jnp.where(weight_EX[:, None] == 0, 0, jax.nn.silu(gate_EMX) * up_EMX * weight_EX[:, None])
-    return jnp.einsum("edm,emx->edx", down_EMD.swapaxes(1, 2).astype(F32), active_EMX).sum(0).T.astype(x_XD.dtype)
+    y_DX = product(down_EMD.transpose(2, 0, 1).reshape(D, E * M), active_EMX.reshape(E * M, -1))
+    return y_DX.T.astype(x_XD.dtype)
 
 
 def expert_mlp_grad(
