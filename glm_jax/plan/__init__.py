@@ -127,7 +127,7 @@ def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[st
     if machine.gpu:
         counted |= {name: times * compiled.kernels[name] for name, times in program.kernels.items()}
     chunk, room, real = _routed(work, machine)
-    flops = sum(n * (real if _grouped(name) else 1) for name, n in counted.items())
+    flops = sum(n * (real if _grouped(name) else _attended(work, name)) for name, n in counted.items())
     collectives = _collectives(work, program.collectives, _sent(work, chunk))
     seconds = {
         "compute": flops / machine.chip.flops,
@@ -191,6 +191,11 @@ def _sent(work: Work, chunk: int) -> float:
 
 def _grouped(kernel: str) -> bool:
     return any(name in kernel for name in GROUPED)
+
+
+def _attended(work: Work, kernel: str) -> float:
+    """The share of what a kernel's cost estimate counts that is real: attention's has all keys that a cache has room for."""
+    return work.prompt / work.length if work.step == "prefill" and "attention" in kernel else 1.0
 
 
 def _collectives(work: Work, found: list[Collective], sent: float) -> dict[str, dict[str, float]]:

@@ -49,8 +49,9 @@ class Work:
 
     @property
     def tokens(self) -> float:
-        """Of one device."""
-        return self.rows * self.length / self.parts
+        """Of one device, each time the step's program runs."""
+        of_row = {"prefill": self.prompt, "decode": 1}.get(self.step, self.length)
+        return self.rows * of_row / self.parts
 
     @property
     def mtp_layers(self) -> int:
@@ -193,17 +194,17 @@ def _tokens_to_experts(now: Work) -> Iterator[Transfer]:
     """Of every MoE layer: tokens, choices and weights to where the experts are (and once more for the backward pass), sums
     back; the gradients of the sums there, those of tokens and weights back."""
     cfg, layers = now.run.model, now.run.model.moe_layers + now.mtp_layers
-    there, back, rows = dispatched(now, now.tokens)
+    there, back, rows = dispatched(now)
     x, choices, weights = (layers * rows * size for size in (cfg.D * itemsize(now), cfg.A * FLOAT32, cfg.A * FLOAT32))
     passes = 2 if cfg.remat != "none" else 1
     yield (mesh.EXPERT,), there, passes * (x + choices + weights) + x
     yield (mesh.EXPERT,), back, 2 * x + weights
 
 
-def dispatched(now: Work, tokens: float) -> tuple[str, str, float]:
-    """How so many tokens of a device travel to experts and back, and the rows that a device has then, its own among them: if
+def dispatched(now: Work) -> tuple[str, str, float]:
+    """How a device's tokens travel to experts and back, and the rows that a device has then, its own among them: if
     ragged, with choices that are all as likely. On a chip, whichever."""
-    cfg, devices = now.run.model, now.axes[mesh.EXPERT]
+    cfg, tokens, devices = now.run.model, now.tokens, now.axes[mesh.EXPERT]
     if strategy(cfg.dispatch, round(tokens), devices, "tpu") is ragged:
         return RAGGED, RAGGED, ragged.balanced(tokens, cfg.A, cfg.E, devices)
     return "all-gather", "reduce-scatter", tokens * devices

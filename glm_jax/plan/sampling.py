@@ -107,9 +107,8 @@ def traffic(now: Work) -> dict[str, float]:
 def _transfers(now: Work) -> Iterator[Transfer]:
     """Of every MoE layer tokens, choices and weights to the experts, sums back; of the embedding ids and rows. Along tensor the sums of
     every layer's two halves, and the embedding's rows."""
-    cfg = now.run.model
-    tokens = now.rows * (1 if now.step == "decode" else now.prompt) / now.parts
-    there, back, rows = dispatched(now, tokens)
+    cfg, tokens = now.run.model, now.tokens
+    there, back, rows = dispatched(now)
     width, everybodys = cfg.D * itemsize(now), tokens * now.axes[mesh.EXPERT]
     yield (mesh.EXPERT,), there, cfg.moe_layers * rows * (width + cfg.A * (INT32 + FLOAT32))
     yield (mesh.EXPERT,), back, cfg.moe_layers * rows * width

@@ -76,6 +76,9 @@ def test_a_turn_is_a_prefill_and_a_token_after_the_other():
         weights = tokens * counts.active(cfg) + logits * cfg.V * cfg.D
         attention = tokens * attended * 2 * 92 * 96 * 128
         assert sampling.operations(by[name])["model"] == pytest.approx(2 * (weights + attention), rel=1e-3)
+        assert by[name].tokens == tokens  # 512 rows over 512 devices
+    # the kernel's estimate counts all keys that the cache has room for
+    assert [plan._attended(by[name], "attention_forward") for name in ("prefill", "decode")] == [0.5, 1]
     there, back = 89 * (5120 * 2 + 8 * 8), 89 * 5120 * 2
     one, whole = (sampling.traffic(by[name]) for name in ("decode", "prefill"))
     assert one["expert all-gather"] == pytest.approx(31 * (there + 4))  # what 31 other devices' tokens bring
