@@ -190,7 +190,7 @@ def told(plan: dict[str, Any]) -> str:
         f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
         f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
         "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),
-        f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, {plan['mfu_bound_without_overlap']:.3f} with nothing",
+        f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, by {_bound_by(plan)}; {plan['mfu_bound_without_overlap']:.3f} with nothing",
         f"compiled    in {plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB of memory",
     ]
     lines += [f"{name:<12}{_program(one)}" for name, one in plan.get("programs", {}).items()]
@@ -224,10 +224,16 @@ def _variant(plan: dict[str, Any]) -> str:
     return "".join(f", {what}" for what in ([] if plan["step"] == "train" else [plan["step"]]) + changed)
 
 
+def _bound_by(plan: dict[str, Any]) -> str:
+    """What takes longest."""
+    seconds = plan["roofline_s"]
+    return max(seconds, key=lambda name: seconds[name])
+
+
 def table(paths: list[Path]) -> str:
     """The plans as a table of Markdown."""
     lines = [
-        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | MFU bound |",
+        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | MFU bound, by |",
         "|---|---|---|---|---|---|---|",
     ]
     for path in paths:
@@ -237,7 +243,7 @@ def table(paths: list[Path]) -> str:
             f"{plan['recipe']}{_variant(plan)}", f"{plan['devices']}: {plan['topology']}", mesh, f"{plan['batch']} x {plan['seq']:,}",
             f"{plan['args_gib']:.2f} + {plan['temp_gib']:.2f} ({plan['peak_temp_gib']:.2f}) of {plan['hbm_gib']:.0f}"
             f"{'' if plan['fits'] else ': does not fit'}",
-            f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}",
+            f"{plan['flops'] / plan['flops_analytic']:.3f}", f"{plan['mfu_bound']:.2f}, {_bound_by(plan)}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -407,6 +407,12 @@ def test_what_a_plan_has(monkeypatch, tmp_path):
         json.loads(path.read_text())
     )
 
+    path.write_text(
+        json.dumps(found | {"roofline_s": found["roofline_s"] | {"dcn": 9.0}, "changed": {}, "peak_rss_gb": 4.0})
+    )
+    assert script.table([path]).endswith(", dcn |")
+    assert "with all overlapped, by dcn;" in script.told(json.loads(path.read_text()))
+
 
 def test_the_table_of_all_plans_that_are_kept():
     paths = sorted(script.RESULTS.glob("plan_*.json"))
