@@ -5,8 +5,11 @@
 
 Which way is read from SRC: it has a `config.json`, or it is a folder that the scripts here wrote. Weights go through one
 block at a time, so a model larger than memory converts. Interrupted, it continues with the same command; DST appears when
-it is complete. Tokenizer, template and generation settings are copied along (SRC/hf in a run's folder). What comes of a
-published model is a stage's folder for `--checkpoint` of chat and evaluate, and `--from` of sft.
+it is complete. Tokenizer, template and generation settings are copied along (DST/published/hf in a run's folder). What comes
+of a published model is a run of one stage, for `--checkpoint` of chat and evaluate, and `--from` of sft:
+
+    python -m experiments.sft --from runs/air --dialogues my.jsonl --out runs/air/mine
+    python -m experiments.convert --src runs/air/mine --dst exported
 """
 
 import json
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from glm_jax.hf import Checkpoint
 
 PLAN = "conversion.json"  # what a folder under way is made of; gone when it is complete
-STAGE = "published"  # name of the stage whose folder a published checkpoint becomes
+STAGE = "published"  # name of the stage, and of its folder in the run's, that a published checkpoint becomes
 BESIDE = "hf"  # folder in it of what came with the weights
 
 
@@ -60,7 +63,7 @@ def main(args: Args) -> None:
 
 
 def to_run(src: Path, dst: Path, dtype: str | None = None, documents: Path | None = None) -> None:
-    """From Hugging Face's form to a stage's folder with one orbax checkpoint."""
+    """From Hugging Face's form to a run's folder of one stage, with one orbax checkpoint."""
     from glm_jax.data.heldout import read_held_out
     from glm_jax.hf import Checkpoint
     from glm_jax.hf.write import COMPANIONS, begin, check_tokenizer
@@ -74,15 +77,16 @@ def to_run(src: Path, dst: Path, dtype: str | None = None, documents: Path | Non
     files = {file.name: file.stat().st_size for file in sorted(src.glob("*.safetensors"))}
     partial = begin(dst)
     _start(partial, {"model": config.canonical(source.cfg), "dtype": dtype, "files": files})
-    _follow(_weights(source, partial), sizes)
-    (partial / BESIDE).mkdir(exist_ok=True)
+    stage, beside = partial / STAGE, partial / STAGE / BESIDE
+    beside.mkdir(parents=True, exist_ok=True)
+    _follow(_weights(source, stage), sizes)
     for name in (*COMPANIONS, "config.json"):
         if (src / name).is_file():
-            shutil.copyfile(src / name, partial / BESIDE / name)
+            shutil.copyfile(src / name, beside / name)
     if documents is not None:
-        shutil.copytree(documents / "documents", partial / BESIDE / "documents", dirs_exist_ok=True)
-        shutil.copyfile(documents / "heldout.jsonl", partial / BESIDE / "heldout.jsonl")
-    checkpoint.save_run(partial, described(source.cfg), STAGE, partial / BESIDE)
+        shutil.copytree(documents / "documents", beside / "documents", dirs_exist_ok=True)
+        shutil.copyfile(documents / "heldout.jsonl", beside / "heldout.jsonl")
+    checkpoint.save_run(stage, described(source.cfg), STAGE, beside)
     _finish(partial, dst)
 
 

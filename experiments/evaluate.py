@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from experiments import cli
+from experiments import cli, convert
 from glm_jax.config import ConfigError, Evaluation, Run, fingerprint, nearest
 
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ def main(args: Args) -> None:
     from glm_jax.train import checkpoint
 
     folder = checkpoint.final_folder(args.checkpoint)
-    figures = _tasks(args, folder) if _post_trained(checkpoint.load_run(folder)[0]) else _texts(args, folder)
+    run, stage, data = checkpoint.load_run(folder)
+    if stage == convert.STAGE and not (data / "heldout.jsonl").is_file():
+        raise ConfigError(
+            f"{folder} came without documents to measure it on; convert it again with --documents, a folder of experiments.data"
+        )
+    figures = _tasks(args, folder) if _post_trained(run) else _texts(args, folder)
     if args.out:
         checkpoint.write_json(args.out, figures)
 

@@ -190,7 +190,8 @@ def told(plan: dict[str, Any]) -> str:
         f"operations  {plan['flops']:.4g}, analytic {plan['flops_analytic']:.4g} "
         f"({100 * (plan['flops'] / plan['flops_analytic'] - 1):+.1f} %)",
         "roofline    " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in plan["roofline_s"].items()),
-        f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, by {_bound_by(plan)}; {plan['mfu_bound_without_overlap']:.3f} with nothing",
+        f"MFU bound   {plan['mfu_bound']:.3f} with all overlapped, by {_bound_by(plan)}; "
+        f"{plan['mfu_bound_without_overlap']:.3f} with nothing",
         f"compiled    in {plan['compile_s']:.0f} s, {plan['peak_rss_gb']:.1f} GB of memory",
     ]
     lines += [f"{name:<12}{_program(one)}" for name, one in plan.get("programs", {}).items()]
@@ -233,7 +234,8 @@ def _bound_by(plan: dict[str, Any]) -> str:
 def table(paths: list[Path]) -> str:
     """The plans as a table of Markdown."""
     lines = [
-        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic | MFU bound, by |",
+        "| recipe | devices | mesh | batch x seq | arguments + temporaries (at the peak) of GiB | operations over analytic "
+        "| MFU bound, by |",
         "|---|---|---|---|---|---|---|",
     ]
     for path in paths:

@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import cli, jobs
 from experiments.jobs import Job, Part
-from glm_jax.config import Expert, Run
+from glm_jax.config import ConfigError, Expert, Run
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ class Args:
 
 def main(args: Args, run: Run) -> None:
     """Run every part that is not there yet."""
+    from experiments import sft
+
     folder = cli.given(args.from_, "a trained run")
+    if not run.post.experts:
+        raise ConfigError(f"recipe {run.name!r} has no experts to train; {sft.NO_EXPERTS}")
     jobs.run(plan(run, folder), folder)
 
 

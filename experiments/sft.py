@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from glm_jax.data.dialogues import Dialogue
 
 
+NO_EXPERTS = "it has none: give a recipe post.experts, as experiments/recipes/tiny.py does"
+
+
 @dataclass(frozen=True)
 class Args:
     """Options of supervised fine-tuning."""
@@ -32,7 +35,8 @@ class Args:
     from_: cli.From = None
     """The run's folder, or a stage's, whose weights to begin with. Its settings are taken over."""
     domain: str = "reasoning"
-    """Expert of the recipe: its SFT settings, and the environment whose oracle writes the dialogues."""
+    """Expert of the recipe: its SFT settings, and the environment whose oracle writes the dialogues. With --dialogues a recipe needs
+    none: its settings are then those of post.unify.sft."""
     dialogues: Path | None = None
     """JSON lines to train on instead of the oracle's dialogues."""
     out: Path | None = None
@@ -46,15 +50,14 @@ def main(args: Args, run: Run) -> dict[str, Any]:
 
     folder = cli.given(args.from_, "a trained run")
     start = checkpoint.stage_folder(folder)
-    one = expert(run, args.domain)
     out = args.out or pretrain.run_folder(folder) / args.domain / "sft"
-    if args.dialogues:
-        everything = read(args.dialogues)
-        held_out = max(1, min(one.sft.held_out, len(everything) // 10))
-        training, validation = everything[held_out:], everything[:held_out]
-    else:
-        training, validation = oracle_dialogues(one)
-    return train(run, one.sft, training, validation, out, start)
+    if not args.dialogues:
+        one = expert(run, args.domain)
+        return train(run, one.sft, *oracle_dialogues(one), out, start)
+    settings = expert(run, args.domain).sft if run.post.experts else run.post.unify.sft
+    everything = read(args.dialogues)
+    held_out = max(1, min(settings.held_out, len(everything) // 10))
+    return train(run, settings, everything[held_out:], everything[:held_out], out, start)
 
 
 def expert(run: Run, domain: str) -> Expert:
@@ -62,7 +65,7 @@ def expert(run: Run, domain: str) -> Expert:
     known = {one.domain: one for one in run.post.experts}
     if domain not in known:
         raise ConfigError(
-            f"recipe {run.name!r} has no expert {domain!r}; {nearest(domain, list(known)) if known else 'it has none: add post.experts'}"
+            f"recipe {run.name!r} has no expert {domain!r}; {nearest(domain, list(known)) if known else NO_EXPERTS}"
         )
     return known[domain]
 

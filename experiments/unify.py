@@ -37,6 +37,8 @@ class Args:
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Distil the experts and train the unified model; returns the result of its RL."""
     folder = cli.given(args.from_, "a run with its experts")
+    if not run.post.experts:
+        raise ConfigError(f"recipe {run.name!r} has no experts to unify; {sft.NO_EXPERTS}")
     for one in run.post.experts:
         for done, work in answers_part(run, one, folder):
             if not (folder / done).exists():

@@ -6,7 +6,7 @@ compiler in minutes.
     figures = plan(step, machine, tell=print)
 
 Bytes and operations are of one device and one step. The roofline bounds: no step takes less than the largest of its times
-for compute, memory and network, and none that overlaps nothing less than their sum. What depends on the router is counted as if
+for compute, memory and the two networks, and none that overlaps nothing less than their sum. What depends on the router is counted as if
 it were balanced: the rows of a grouped product, and those that a ragged all-to-all carries.
 """
 
@@ -39,7 +39,7 @@ THRIFT: tuple[dict[str, str], ...] = (  # what makes a step need less memory, th
     {"optim.momentum_dtype": "bfloat16"},
     {"optim.momentum_dtype": "bfloat16", "model.remat": "offload"},
 )
-TO_ONE = ("all-to-all", RAGGED, "collective-permute")  # collectives whose bytes one device each wants
+TO_ONE = ("all-to-all", RAGGED)  # collectives whose bytes one device each wants
 # parts of the names of kernels whose cost estimate counts every row that there is room for; balanced, a share of them is real
 GROUPED = ("gmm", "gate_up", "hidden_grad", "rows_grad")
 
@@ -92,8 +92,8 @@ def arithmetic(work: Work) -> Any:
 
 def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> dict[str, float]:
     """For the bytes of each "axis kind" that a device receives: over the fast links of a slice or of a host of GPUs ("network"), and
-    over what joins several ("dcn"). A ragged all-to-all's take up every link that they cross, while of gathered rows each link that
-    they cross leads to a device that wants them."""
+    over what joins several ("dcn"); permutations, of which little is known, count as near. A ragged all-to-all's bytes take up
+    every link that they cross, while of gathered rows each link that they cross leads to a device that wants them."""
     crossed = machine.crossed(work.axes[mesh.EXPERT] * work.axes[mesh.TENSOR])  # tensor's devices lie between
     near = far = 0.0
     for key, size in traffic.items():
@@ -105,15 +105,17 @@ def network_seconds(work: Work, machine: Target, traffic: dict[str, float]) -> d
 
 
 def _from_afar(work: Work, machine: Target, axes: list[str], kind: str) -> float:
-    """The share of what a device receives along these axes that comes from other slices, or hosts of GPUs, at the least: what all
-    devices of one want comes there once, a part to each, and is passed on."""
-    island = np.arange(work.devices).reshape(*work.axes.values()) // machine.island
-    group = island[tuple(slice(None) if axis in axes else 0 for axis in work.axes)]
-    devices, islands = group.size, np.unique(group).size
-    if islands == 1:
+    """The share of what a device receives along these axes that comes from other slices, or hosts of GPUs, at the least, of the
+    device with most: what all devices of one want comes there once, a part to each, and is passed on."""
+    along = [d for d, axis in enumerate(work.axes) if axis in axes]
+    devices = math.prod(list(work.axes.values())[d] for d in along)
+    if devices == 1 or machine.island >= work.devices:
         return 0.0
-    each = devices // islands
-    return (devices - each if kind in TO_ONE else islands - 1) / (devices - 1)
+    island = np.arange(work.devices).reshape(*work.axes.values()) // machine.island
+    groups = np.moveaxis(island, along, range(len(along))).reshape(devices, -1).T
+    alike = np.unique(groups - groups[:, :1], axis=0)
+    together = min(np.unique(group, return_counts=True)[1].min() for group in alike)  # in the smallest part of a group
+    return (devices - together) / (1 if kind in TO_ONE else together) / (devices - 1)
 
 
 def _program(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:

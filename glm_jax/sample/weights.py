@@ -1,8 +1,8 @@
 """Parameters as sampling holds them: layer by layer, in the type that they compute in.
 
 A decoded token costs what reading the weights costs. A CPU copies the second factor of a product before it multiplies, but reads
-the first once and in order, if what is summed over lies side by side: so there matrices are held with their inputs innermost (of
-experts' ways back to D also the experts, whose results are added up), and `model.ops.project` puts them first. Each use begins with `as_declared`, which the products undo: nothing is moved.
+the first once and in order, if what is summed over lies side by side: so there matrices are held with their inputs innermost,
+and `model.ops.project` puts them first. Each use begins with `as_declared`, which the products undo: nothing is moved.
 """
 
 import dataclasses
@@ -35,14 +35,16 @@ def as_declared(cfg: Model, prepared: model.GLM) -> model.GLM:
 
 
 def _turned(cfg: Model, params: model.GLM, back: bool) -> model.GLM:
-    """On a CPU, every matrix but embedding and router with its inputs behind its outputs, or back."""
+    """On a CPU, every matrix but embedding and router with what is summed over behind its outputs, or back."""
     if platform() != "cpu":
         return params
 
     def turn(spec: Spec, w: Array) -> Array:
         if spec.kind not in ("matrix", "shared", "head"):
             return w
-        first = 0 if "D" in spec.outs else len(spec.batch)
+        first = (
+            0 if "D" in spec.outs else len(spec.batch)
+        )  # what experts send back to D is summed over them too: [D, E, M]
         last = first + len(spec.outs) if back else len(spec.batch) + len(spec.ins)
         return jnp.moveaxis(w, range(first, last), range(first - last, 0))
 

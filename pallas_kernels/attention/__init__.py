@@ -28,7 +28,7 @@ def attention(
 
     With q_prefixes_BT it also sees the keys of that segment: several continuations of one prompt share its keys and
     values. A prefix has a smaller number than the segments that continue it; a query without one names its own. (Where no
-    query has one, left out is faster.)
+    query has one, left out is faster on TPU.)
     shared_KSH are keys and values that stand before everything and that every query sees, such as the beginning that all
     rows of a cache have in common: held once, read once. They are the prefix then, so q_prefixes_BT must be left out.
     Segment 0 is padding: never seen, and its queries, like any query that sees no key, come out zero. Query head n

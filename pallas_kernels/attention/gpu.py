@@ -66,7 +66,8 @@ def attention(
         k_BSKH, v_BSKH, k_positions_BS, k_segments_BS, q_segments_BT, q_prefixes_BT = reference.joined(
             shared_KSH, k_BSKH, v_BSKH, k_positions_BS, q_segments_BT, k_segments_BS
         )
-    T, q_prefixes_BT = q_BTNH.shape[1], q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
+    q_prefixes_BT = q_segments_BT if q_prefixes_BT is None else q_prefixes_BT
+    T = q_BTNH.shape[1]
     q_at_BPT = _pad(jnp.stack([q_positions_BT, q_segments_BT, q_prefixes_BT], 1).astype(jnp.int32), 2)
     sees_nothing_BT = q_at_BPT[:, 1] == 0  # padding, which no mask need ask for
     q_at_BPT = q_at_BPT.at[:, 0].set(jnp.where(sees_nothing_BT, -NEVER, q_at_BPT[:, 0]))

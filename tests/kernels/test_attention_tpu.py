@@ -60,7 +60,8 @@ def value_and_gradients(q, k, v, dy, places, implementation="tpu"):
 def by_the_definition(q, k, v, dy, places):
     """Value and gradients in float64, head by head."""
     q, k, v, dy = (np.asarray(z, np.float64) for z in (q, k, v, dy))
-    q_at, k_at, q_segment, k_segment, prefix = (np.asarray(z) for z in places)
+    q_at, k_at, q_segment, k_segment = (np.asarray(z) for z in places[:4])
+    prefix = q_segment if places[4] is None else np.asarray(places[4])
     y, dq, dk, dv = (np.zeros_like(z) for z in (q, q, k, v))
     scale = 0.7 * q.shape[-1] ** -0.5
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
@@ -99,7 +100,7 @@ def test_value_and_gradients(name, monkeypatch):
     shape, lengths = CASES[name]
     inputs = arrays(*shape)
     position, segment = packed(shape[0], lengths, shape[1])
-    places = position, position, segment, segment, segment
+    places = position, position, segment, segment, None
     with interpreted(monkeypatch):
         got = value_and_gradients(*inputs, places)
     assert_as_defined(got, by_the_definition(*inputs, places))
@@ -109,7 +110,7 @@ def test_value_and_gradients(name, monkeypatch):
 def test_packed_rows_in_one_tile(monkeypatch):
     inputs = arrays(1, 100, 100, 2, 1, 64, dtype="bfloat16")
     position, segment = packed(1, [60, 1, 30], 100)
-    places = position, position, segment, segment, segment
+    places = position, position, segment, segment, None
     with interpreted(monkeypatch):
         got = value_and_gradients(*inputs, places)
     assert_as_defined(got, by_the_definition(*inputs, places), "bfloat16")
@@ -128,7 +129,7 @@ def test_order_is_data(monkeypatch):
     position, segment = (z[:, order] for z in packed(1, [200, 300], 512))
     q, k, v, dy = arrays(1, 512, 512, 1, 1, 64)
     mine = slice(0, 256)
-    places = position[:, mine], position, segment[:, mine], segment, segment[:, mine]
+    places = position[:, mine], position, segment[:, mine], segment, segment[:, mine]  # each its own prefix, told
     with interpreted(monkeypatch):
         got = value_and_gradients(q[:, mine], k, v, dy[:, mine], places)
     assert_as_defined(got, by_the_definition(q[:, mine], k, v, dy[:, mine], places))
@@ -150,7 +151,7 @@ def assert_only_who_sees_it_is_spoiled(spoiled, run):
     names, values = (["q", "v"] if spoiled == "qv" else [spoiled]), {"q": np.inf}
     inputs = dict(zip(("q", "k", "v", "dy"), arrays(1, 150, 150, 1, 1, 64), strict=True))
     position, segment = packed(1, [60, 40, 30], 150)
-    places = position, position, segment, segment, segment
+    places = position, position, segment, segment, None
     bad = inputs | {n: inputs[n].at[0, np.array([70, 140]), 0, 3].set(values.get(n, np.nan)) for n in names}
     got = run(*bad.values(), places)
     want = by_the_definition(*inputs.values(), places)
@@ -171,7 +172,7 @@ def test_what_is_not_finite_reaches_only_who_sees_it(spoiled, monkeypatch):
 @pytest.mark.slow
 def test_heads_in_turns(monkeypatch):
     position, segment = packed(1, [100, 30], 140)
-    places = position, position, segment, segment, segment
+    places = position, position, segment, segment, None
     inputs = arrays(1, 140, 140, 4, 2, 64)
     with interpreted(monkeypatch):
         monkeypatch.setattr(tpu, "TURN_BYTES", 1)
@@ -183,7 +184,7 @@ def test_heads_in_turns(monkeypatch):
 def test_no_races(monkeypatch):
     """Among the copies that add to dq: more tiles than one, and a head alone in its group."""
     position, segment = packed(1, [256], 256)
-    places = position, position, segment, segment, segment
+    places = position, position, segment, segment, None
     inputs = arrays(1, 256, 256, 1, 1, 64)
     with interpreted(monkeypatch, detect_races=True):
         got = value_and_gradients(*inputs, places)

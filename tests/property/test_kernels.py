@@ -185,7 +185,7 @@ def attention_inputs(draw, shapes, dtype="float32"):
     q, k, v, dy = attending.arrays(B, T, T, N, K, H, seed, dtype)
     if draw(st.booleans()):
         position, segment = (np.repeat(z, B, 0) for z in draw(packed_rows(T)))
-        places = position, position, segment, segment, segment
+        places = position, position, segment, segment, draw(st.sampled_from([None, segment]))
     else:
         rng = np.random.default_rng(seed)
         places = [rng.integers(0, 4, (B, T), dtype=np.int32) for _ in range(4)]

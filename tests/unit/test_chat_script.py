@@ -3,6 +3,7 @@ and on a line of its own "cup"."""
 
 import dataclasses
 import io
+import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chat, cli, convert, recipes, sft
+from experiments import chat, cli, convert, evaluate, posttrain, recipes, sft, unify
 from glm_jax import config, model
 from glm_jax.config import SFT, ConfigError, Expert, Posttrain
 from glm_jax.data.dialogues import Dialogue, prepare
@@ -110,6 +111,31 @@ def test_it_answers_as_before_after_a_journey_through_hugging_faces_form(runs, t
     capsys.readouterr()
     talk(tmp_path / "back", "--prompt", "Where is it?")
     assert capsys.readouterr() == ("<think>hm</think>\ncup\n", "")
+
+
+@pytest.mark.slow
+def test_a_published_model_learns_dialogues_of_ones_own_and_is_exported_again(runs, tmp_path, capsys):
+    convert.main(convert.Args(runs, tmp_path / "published"))
+    convert.main(convert.Args(tmp_path / "published", tmp_path / "run"))
+    said = {"messages": [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "hm"}]}
+    (tmp_path / "my.jsonl").write_text(10 * (json.dumps(said) + "\n"))
+    small = {"seq_len": 64, "batch_rows": 1, "microbatch_rows": 1, "peak_lr": 0.1, "epochs": 10, "optim.name": "adamw"}
+    options = [part for name, value in small.items() for part in (f"--post.unify.sft.{name}", str(value))]
+    tune = ["--from", str(tmp_path / "run"), "--dialogues", str(tmp_path / "my.jsonl"), *options]
+    sft.main(*cli.parse(sft.main, tune))
+    convert.main(convert.Args(tmp_path / "run" / "reasoning" / "sft", tmp_path / "exported"))
+    convert.main(convert.Args(tmp_path / "exported", tmp_path / "back"))
+    capsys.readouterr()
+    talk(tmp_path / "back", "--prompt", "Where is it?")
+    assert capsys.readouterr().out == "<think></think>\nhm\n"
+    with pytest.raises(
+        ConfigError, match=r"recipe 'published' has no experts to train; it has none: give a recipe post\.experts"
+    ):
+        posttrain.main(posttrain.Args(tmp_path / "run"), convert.described(CFG))
+    with pytest.raises(ConfigError, match="recipe 'published' has no experts to unify"):
+        unify.main(unify.Args(tmp_path / "run"), convert.described(CFG))
+    with pytest.raises(ConfigError, match=r"published came without documents to measure it on; .* with --documents"):
+        evaluate.main(evaluate.Args(tmp_path / "run" / "published"))
 
 
 @pytest.mark.parametrize("flag", ["--no_thinking", "--no-thinking"])

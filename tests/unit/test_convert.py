@@ -50,7 +50,7 @@ def test_there_and_back(published, tmp_path, capsys, monkeypatch):
     run, params, router_bias_LE, data = checkpoint.load_params(tmp_path / "run")
     _, wanted, bias_wanted = hf.load(published, dtype="float32")
     assert replace(run.model, dtype="float32") == hf.load(published, dtype="float32")[0]
-    assert data == (tmp_path / "run" / "hf").resolve()
+    assert data == (tmp_path / "run" / convert.STAGE / "hf").resolve()
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), params, wanted))
     np.testing.assert_array_equal(router_bias_LE, bias_wanted)
     chunk = next((tmp_path / "run").rglob("params.moe.ffn.gate_EDM/[0-9]*"))
@@ -89,7 +89,9 @@ def test_an_interrupted_conversion_goes_on(published, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"run.partial is what another conversion has left"):
         convert.to_run(published, tmp_path / "run", "float32")
-    shutil.rmtree(tmp_path / "run.partial/checkpoints/0/state/params.embed_VD")  # killed just before it was renamed
+    shutil.rmtree(
+        tmp_path / "run.partial/published/checkpoints/0/state/params.embed_VD"
+    )  # killed just before it was renamed
     asked = []
     monkeypatch.setattr(hf.Checkpoint, "read", lambda *args: (asked.append(args[1]), read(*args))[1])
     convert.to_run(published, tmp_path / "run")
@@ -187,7 +189,7 @@ def test_documents_to_measure_it_on_come_along(published, tmp_path):
     for name in ("heldout.jsonl", "documents/code.jsonl"):
         (tmp_path / "data" / name).write_text("")
     convert.main(convert.Args(published, tmp_path / "run", documents=tmp_path / "data"))
-    data = checkpoint.load_run(tmp_path / "run")[2]
+    data = checkpoint.load_run(tmp_path / "run" / convert.STAGE)[2]
     assert (data / "heldout.jsonl").is_file() and (data / "documents" / "code.jsonl").is_file()
     with pytest.raises(DataError, match=r"has no heldout.jsonl"):
         convert.main(convert.Args(published, tmp_path / "other", documents=tmp_path))

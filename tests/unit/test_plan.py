@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from experiments import plan as script
 from experiments import recipes
-from glm_jax import model, plan
+from glm_jax import mesh, model, plan
 from glm_jax.config import ConfigError, Mesh, replace
 from glm_jax.plan import analytic
 from glm_jax.plan.hlo import Program
@@ -284,11 +284,15 @@ def test_a_row_of_a_ragged_exchange_crosses_several_links_of_a_torus():
         (plan.target("h200:1x8x8"), Mesh(fsdp=16, expert=4), "fsdp all-gather", 7 / 15),  # of 15 others' parts 7 each by two
         (plan.target("h200:1x8x8"), Mesh(fsdp=8, expert=8), "fsdp+expert all-to-all", 56 / 63),
         (plan.target("h200:1x4x8"), Mesh(fsdp=2, expert=16), "expert ragged-all-to-all", 8 / 15),
+        (plan.target("h200:1x5x8"), Mesh(fsdp=8, expert=5), "expert all-gather", 1),  # devices 5 to 9: three and two
+        (plan.target("h200:1x5x8"), Mesh(fsdp=4, expert=10), "expert all-gather", 4 / 9),  # 8 and 2, to which four parts each come
+        (plan.target("h200:1x5x8"), Mesh(fsdp=4, expert=10), "expert all-to-all", 8 / 9),
+        (plan.target("h200:1x1x1"), Mesh(), "all-gather", 0),
         (plan.target("h200:2x1x8"), Mesh(data=2, expert=8), "data all-reduce", 1),
     ],
 )  # fmt: skip
 def test_what_other_slices_or_hosts_have_comes_once_and_over_their_network(machine, sizes, key, far):
-    work = plan.laid_out(recipes.get("air"), machine, sizes, 256, 4096)
+    work = analytic.work(GLM45, mesh.fill(sizes, machine.count), 512, 4096)
     seconds = plan.network_seconds(work, machine, {key: 1e9})
     assert seconds["dcn"] == pytest.approx(far * 1e9 / machine.dcn_bandwidth)
     assert seconds["network"] == pytest.approx((1 - far) * 1e9 / machine.link_bandwidth)
@@ -323,6 +327,7 @@ def test_keys_of_long_rows_are_gathered_along_context():
         ("v5:8x8x8", "unknown chip 'v5'; did you mean 'v5p'"),
         ("v6e:16x17", "did you mean 'v6e:16x1"),
         ("h200:1x1x7", "did you mean 'h200:1x1x8'"),
+        ("h200:1x3x4", "did you mean 'h200:1x1x4'"),
         ("v5p", "does not exist"),
     ],
 )
