@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 # Metadata of a field that came later: at its default it is left out of the canonical form, and so of fingerprints,
 # which therefore stay what they were before it existed.
@@ -27,6 +28,30 @@ def divides(part: str, size: int, whole: str, total: int) -> None:
         size > 0 and total % size == 0,
         f"{whole}={total} is not a multiple of {part}={size}; use a divisor of {total} for {part}",
     )
+
+
+def check_choices(config: Any) -> None:
+    """ConfigError where a field that is one of named values, or yes or no, has another: the command line knows them by itself, but
+    recipes, sweeps and notebooks do not pass it."""
+    for name, known in _choices(type(config)).items():
+        value = getattr(config, name)
+        require(
+            value in known, f"{name}={value!r} is not among its values; {nearest(str(value), list(map(str, known)))}"
+        )
+
+
+@cache
+def _choices(cls: type) -> dict[str, tuple]:
+    """The values of each such field."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)  # alone, or one of a union
+        named = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+        if named:
+            found[name] = (*named, None) if type(None) in parts else tuple(named)
+        elif hint is bool:
+            found[name] = (False, True)
+    return found
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -7,7 +7,7 @@ DeepDive's, from the same laboratory, for a large model; a miniature's recipe ch
 from dataclasses import dataclass
 from typing import Literal
 
-from glm_jax.config.functions import require
+from glm_jax.config.functions import check_choices, require
 from glm_jax.config.pretrain import Optim
 
 
@@ -75,6 +75,7 @@ class GRPO:
     optim: Optim = Optim(name="adamw", adam_b2=0.98)
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("steps", "groups", "rounds", "max_new_tokens", "microbatch_rows", "updates", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.group_size >= 2, f"group_size={self.group_size}: a baseline needs at least 2 answers")
@@ -167,5 +168,6 @@ class Posttrain:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
+        check_choices(self)
         domains = [expert.domain for expert in self.experts]
         require(len(set(domains)) == len(domains), f"experts of {domains}: one for each domain")

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Literal, get_args
+from typing import Literal
 
-from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, divides, nearest, require
+from glm_jax.config.functions import SILENT_AT_DEFAULT, ConfigError, check_choices, divides, require
 
 DType = Literal["float32", "bfloat16", "float16"]
-Dispatch = Literal["gather", "ragged"]
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,16 @@ class Model:
     remat: Literal["none", "layer", "offload"] = "layer"
     implementation: Literal["reference", "xla"] | None = None  # of the kernels; None: the best that applies
     # how tokens come to experts of other devices: all to all devices, or each to those of its experts; None: the better
-    dispatch: Dispatch | None = field(default=None, metadata=SILENT_AT_DEFAULT)
+    dispatch: Literal["gather", "ragged"] | None = field(default=None, metadata=SILENT_AT_DEFAULT)
     # with mesh.pipeline: parts of a microbatch's rows that follow each other through the stages, for each stage
     microbatches_per_stage: int = field(default=4, metadata=SILENT_AT_DEFAULT)
     # and how often they do: a stage's layers in as many groups, with those of the others between them
     pipeline_rounds: int = field(default=1, metadata=SILENT_AT_DEFAULT)
 
     def __post_init__(self):
+        check_choices(self)
         for letter in "VDLNKHFMEA":
             require(getattr(self, letter) >= 1, f"{letter}={getattr(self, letter)} must be at least 1")
-        require(
-            self.dispatch in (*get_args(Dispatch), None),
-            f"dispatch={self.dispatch!r}: {nearest(str(self.dispatch), list(get_args(Dispatch)))}; None takes the better for the mesh",
-        )
         divides("K", self.K, "N", self.N)
         require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
         require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")
@@ -128,6 +124,7 @@ class Optim:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        check_choices(self)
         require(0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)")
         require(self.ns_steps >= 1, f"ns_steps={self.ns_steps} must be at least 1")
         require(self.ns_polish >= 0, f"ns_polish={self.ns_polish} must be at least 0; 0 is Muon as published")
@@ -160,6 +157,7 @@ class Schedule:
     bias_freeze_tokens: int = 15_000_000_000_000
 
     def __post_init__(self):
+        check_choices(self)
         require(0 <= self.final_lr <= self.peak_lr, f"final_lr={self.final_lr} must lie in 0..peak_lr={self.peak_lr}")
         require(
             0 < self.batch_tokens_start <= self.batch_tokens,
@@ -194,6 +192,7 @@ class Stage:
     long_documents: bool = False  # repositories as one document in dependency order; long documents up-sampled
 
     def __post_init__(self):
+        check_choices(self)
         require(self.tokens > 0, f"stage {self.name}: tokens={self.tokens} must be positive")
         require(self.seq_len >= 8, f"stage {self.name}: seq_len={self.seq_len} must be at least 8")
         require(
@@ -224,6 +223,7 @@ class Scoring:
     languages: tuple[str, ...] = ()  # of pages that are kept, as "en", "zh"; none named: all are
 
     def __post_init__(self):
+        check_choices(self)
         own = [name for name in ("contrasts", "judge", "languages") if getattr(self, name)]
         require(
             self.by == "classifiers" or not own,
@@ -275,6 +275,7 @@ class Data:
     )  # allowed in a corpus; empty: all known ones
 
     def __post_init__(self):
+        check_choices(self)
         names = [PurePath(path).name for path in self.paths]
         require(
             len(set(names)) == len(names), f"paths={self.paths}: folders must differ in their last part; rename one"

@@ -102,6 +102,13 @@ def test_a_fingerprint_knows_the_class():
         ({"pretrain.1.name": "stage1"}, ("stage1", "must differ")),
         ({"mesh.data": -1}, ("-1", "at most one")),
         ({"model.dispatch": "raged"}, ("dispatch='raged'", "did you mean 'ragged'", "None")),
+        ({"model.remat": "layr"}, ("remat='layr'", "did you mean 'layer'", "known: none, layer, offload")),
+        ({"model.dtype": "bf16"}, ("dtype='bf16'", "did you mean 'bfloat16'")),
+        ({"model.implementation": "xlaa"}, ("implementation='xlaa'", "did you mean 'xla'")),
+        ({"optim.name": "adam"}, ("name='adam'", "did you mean 'adamw'")),
+        ({"optim.nesterov": "no"}, ("nesterov='no'", "known: False, True")),
+        ({"schedule.kind": "wds"}, ("kind='wds'", "did you mean 'wsd'")),
+        ({"post.self_distillation": 2}, ("self_distillation=2", "known: False, True")),
         ({"data.held_out": 0.5}, ("held_out=0.5", "(0, 0.5)")),
     ],
 )
