@@ -85,9 +85,7 @@ def _check_device(device: str) -> None:
 
     compiler = {"h200-aot": "hopper"}.get(device, device.split(":")[0])
     if device in AOT and not analysis.can_compile(compiler):
-        raise ConfigError(
-            f"--device {device}: its compiler is not installed; pallas_kernels/analysis says which wheels"
-        )
+        raise ConfigError(f"--device {device}: its compiler is not installed; {analysis.INSTALL[compiler]}")
     if device in ("cpu", "gpu"):
         import jax
 

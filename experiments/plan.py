@@ -44,7 +44,8 @@ class Args:
     """Options of the plan."""
 
     topology: str = "v5p:8x8x8"
-    """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs."""
+    """A chip and how many along each side of its torus (v5e, v5p, v6e, tpu7x), or h200 and slices x hosts x GPUs: h200:1x4x8 is four
+    hosts of eight."""
     mesh: str = ""
     """Devices along each axis (data, fsdp, expert, context, tensor), e.g. fsdp=64,expert=8; what is left goes to fsdp. By
     default the recipe's. A pipeline is not planned, and a search leaves tensor at 1."""
@@ -80,10 +81,13 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
         raise ConfigError(
             f"--batch {args.batch}, --seq {args.seq}, --best {args.best} and --slices {args.slices} must be at least 1"
         )
-    sizes = mesh_of(args, run)
+    from glm_jax.plan import arithmetic, check, plan
+    from glm_jax.plan.target import GIB, target
+
+    machine = target(args.topology, args.slices)
+    sizes = mesh_of(args, run, machine.slices)
     if args.search and args.mesh:
         raise ConfigError(f"--search chooses the mesh; leave --mesh {args.mesh} out, or --search")
-    machine = _machine(args)
     if args.out and not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
     if args.out and args.out.is_dir():
@@ -91,12 +95,13 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     if args.search:
         from experiments.plan_search import search
 
+        _ready(args, machine)
         plan_one = partial(_plan_one, args, run)
         found = search(run, machine, (args.batch, args.seq), args.step, args.best, plan_one)
         return _written(found, args.out)
-    from glm_jax.plan import check, plan
-
     work = check(run, machine, sizes, args.batch, args.seq, args.step)
+    needed = ", ".join(f"{term} {size / GIB:.1f}" for term, size in arithmetic(work).memory(work).items())
+    _ready(args, machine, f"by arithmetic it fits, GiB a device: {needed} of {machine.chip.memory / GIB:.0f}; but ")
     with progress() as tell:
         found = plan(work, machine, tell)
     found |= {"peak_rss_gb": cli.peak_rss_gb(), "changed": _changed(run, args.step)}
@@ -115,10 +120,10 @@ def _written(found: dict[str, Any], out: Path | None) -> dict[str, Any]:
     return found
 
 
-def mesh_of(args: Args, run: Run) -> Mesh:
+def mesh_of(args: Args, run: Run, slices: int = 1) -> Mesh:
     """--mesh as sizes; ConfigError for what is no axis or no number."""
     if not args.mesh:
-        return replace(run.mesh, data=max(run.mesh.data, args.slices))
+        return replace(run.mesh, data=max(run.mesh.data, slices))
     sizes: dict[str, int] = {}
     for part in args.mesh.split(","):
         axis, _, size = part.strip().partition("=")
@@ -129,25 +134,21 @@ def mesh_of(args: Args, run: Run) -> Mesh:
                 f"--mesh {args.mesh!r}: {part.strip()!r} must be {axis}=N once, N at least 1, or -1 for what is left"
             )
         sizes[axis] = int(size)
-    return Mesh(**{"data": args.slices, "fsdp": -1, "expert": 1} | sizes)
+    return Mesh(**{"data": slices, "fsdp": -1, "expert": 1} | sizes)
 
 
-def _machine(args: Args) -> Any:
-    """The target, with what its compilers read set."""
+def _ready(args: Args, machine: Any, known: str = "") -> None:
+    """Set what the machine's compiler reads. ConfigError with what is `known` without it where it is not installed."""
     import jax
 
-    from glm_jax.plan.target import can_compile, target
+    from glm_jax.plan.target import missing
     from pallas_kernels import analysis
 
-    machine = target(args.topology, args.slices)
-    if not can_compile(machine):
-        raise ConfigError(
-            f"--topology {args.topology}: its compiler is not installed; pallas_kernels/analysis says which wheels"
-        )
+    if how := missing(machine):
+        raise ConfigError(f"--topology {args.topology}: {known}its compiler is not installed: {how}")
     os.environ |= analysis.QUIET | {"TPU_STDERR_LOG_LEVEL": "3"}
     _few_heaps()
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read again
-    return machine
 
 
 def _few_heaps() -> None:

@@ -61,7 +61,7 @@ def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, st
     sizes = mesh.fill(sizes, machine.count)
     if sizes.data % machine.slices:
         raise ConfigError(
-            f"mesh data={sizes.data} must be a multiple of slices={machine.slices}: data goes over slices"
+            f"mesh data={sizes.data} must be a multiple of slices={machine.slices}: data goes over slices; set data={machine.slices}"
         )
     if sizes.pipeline > 1:
         raise ConfigError(
@@ -283,6 +283,6 @@ def _thriftier(work: Work, machine: Target) -> str:
         if work.step != "sample" and sum(needed.values()) <= (1 - WORKING) * machine.chip.memory:
             own = "post.unify.grpo." if work.step == "grpo" else ""  # RL's optimizer has settings of its own
             named = ((own + field if field.startswith("optim.") else field, value) for field, value in changes.items())
-            options = " and ".join(f"{field}={value}" for field, value in named)
+            options = " ".join(f"--{field} {value}" for field, value in named)
             return f"On {machine.name} it fits by arithmetic with {options}"
     return ""

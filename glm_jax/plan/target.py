@@ -99,15 +99,17 @@ def target(name: str, slices: int = 1) -> Target:
     if kind not in LINKS:
         raise ConfigError(f"topology {name!r}: unknown chip {kind!r}; {_offer(name)}")
     if name not in names(kind) and not (kind == "h200" and HOSTS.fullmatch(sides)):
-        raise ConfigError(f"topology {name!r} does not exist; {_offer(name)}")
+        form = " (slices x hosts x GPUs: four hosts of eight are h200:1x4x8)" if kind == "h200" else ""
+        raise ConfigError(f"topology {name!r} does not exist{form}; {_offer(name)}")
     if kind == "h200" and slices > 1:
         raise ConfigError(f"slices={slices}: of GPUs the topology's first number counts slices, e.g. h200:{slices}x1x8")
     return Target(name, int(sides[: sides.index("x")]) if kind == "h200" else slices)
 
 
-def can_compile(machine: Target) -> bool:
-    """Whether this machine has that chip's compiler."""
-    return analysis.can_compile("hopper" if machine.gpu else "tpu")
+def missing(machine: Target) -> str | None:
+    """How to install that chip's compiler; None where it is."""
+    platform = "hopper" if machine.gpu else "tpu"
+    return None if analysis.can_compile(platform) else analysis.INSTALL[platform]
 
 
 def names(kind: str) -> list[str]:

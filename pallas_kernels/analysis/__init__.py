@@ -7,8 +7,7 @@
 
 A function is given by name to another process, so it is one of a module that can be imported, or a `functools.partial` of
 one; a lambda or a function within a function cannot travel. It is compiled with a mesh in context, so a door that is asked for
-no implementation by name takes that chip's kernel. TPU needs the `libtpu` wheel that jax pins, Hopper `jax-cuda12-plugin`
-and `jax-cuda12-pjrt` of jax's own version (installed with --no-deps: no driver is needed).
+no implementation by name takes that chip's kernel. `INSTALL` says what the compilers come with; no driver is needed.
 """
 
 import importlib.util
@@ -20,6 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from pallas_kernels.analysis.chips import CHIPS, ONE_HOST_HOPPER, TOPOLOGY, Chip, bound_seconds, chip
 from pallas_kernels.analysis.compiled import Compiled, Job
@@ -33,6 +34,13 @@ QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+
+# Of each platform's compiler: the modules that bring it, one of which is enough, and how to get it of jax's own version.
+COMPILERS = {"tpu": ("libtpu",), "hopper": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+INSTALL = {
+    "tpu": f"pip install 'jax[tpu]=={jax.__version__}'",
+    "hopper": f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}",
 }
 
 
@@ -58,8 +66,7 @@ class Figures(Compiled):
 
 def can_compile(platform: str) -> bool:
     """Whether this machine has the compiler: platform is "tpu" or "hopper"."""
-    module = {"tpu": "libtpu", "hopper": "jax_cuda12_plugin"}[platform]
-    return importlib.util.find_spec(module) is not None
+    return any(importlib.util.find_spec(module) is not None for module in COMPILERS[platform])
 
 
 def tpu(

@@ -18,6 +18,7 @@ from glm_jax.plan.hlo import Program
 from glm_jax.plan.kernels import operations
 from glm_jax.plan.target import GIB, names
 from glm_jax.spec import count
+from pallas_kernels import analysis
 from pallas_kernels.grouped_matmul import expert_mlp
 
 POD = plan.target("v5p:8x8x8")
@@ -354,12 +355,22 @@ def test_devices_of_a_topology():
     )
 
 
+def test_without_its_compiler_a_plan_is_refused_or_says_what_arithmetic_knows(monkeypatch):
+    monkeypatch.setattr(analysis, "can_compile", lambda platform: False)
+    step = {"mesh": "expert=8", "batch": 64, "seq": 4096}
+    with pytest.raises(ConfigError, match="plan cannot fit"):
+        script.main(script.Args("h200:1x1x8", **step), recipes.get("air"))
+    told = r"by arithmetic it fits, GiB a device: state .* of 131; but its compiler is not installed: pip install .*jax-cuda12"
+    with pytest.raises(ConfigError, match=told):  # data=4 is understood
+        script.main(script.Args("h200:4x1x8", **step), recipes.get("air"))
+
+
 def test_the_way_out_of_a_machine_that_is_too_small():
     with pytest.raises(ConfigError) as error:
         plan.check(recipes.get("air"), plan.target("h200:1x1x8"), Mesh(expert=8), 64, 4096)
     assert "state (parameters, momentum) 102.0 GiB, gradients 25.4 GiB, residuals 11.8 GiB a device" in str(error.value)
     assert "The smallest that fits by arithmetic: h200:1x2x8 with data=1, fsdp=2" in str(error.value)
-    assert "On h200:1x1x8 it fits by arithmetic with optim.momentum_dtype=bfloat16" in str(error.value)
+    assert "On h200:1x1x8 it fits by arithmetic with --optim.momentum_dtype bfloat16" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +382,7 @@ def test_the_way_out_of_a_machine_that_is_too_small():
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 100, 4096, "B=100 rows cannot be split over 512 devices"),
         ("v5p:8x8x8", Mesh(fsdp=8, expert=8, context=8), 64, 4104, "T=4104 tokens cannot be split over a context axis of 8"),
         ("v5p:8x8x8", Mesh(fsdp=64, expert=8), 512, 262_144, "seq=262144 exceeds max_positions=131072"),
-        ("v5p:4x4x8", Mesh(fsdp=16, expert=8), 128, 131_072, "On v5p:4x4x8 it fits by arithmetic with model.remat=offload"),
+        ("v5p:4x4x8", Mesh(fsdp=16, expert=8), 128, 131_072, "On v5p:4x4x8 it fits by arithmetic with --model.remat offload"),
         ("v6e:4x4", Mesh(expert=8), 512, 4096, "what overflows is state (parameters, momentum). The smallest that fits"),
         ("v5p:8x8x8", Mesh(data=64, fsdp=1, expert=8), 512, 4096, "fits by arithmetic: v5p:8x8x8 with data=1, fsdp=64"),
         ("h200:2x1x8", Mesh(data=1, fsdp=2, expert=8), 64, 4096, "data=1 must be a multiple of slices=2"),
@@ -448,7 +459,7 @@ def test_along_tensor_devices_have_the_same_tokens_and_parts_of_a_layer():
 def test_a_mesh_as_text():
     assert script.mesh_of(script.Args(mesh="fsdp=64,expert=8"), GLM45) == Mesh(data=1, fsdp=64, expert=8)
     assert script.mesh_of(script.Args(mesh="fsdp=8,expert=8,context=8"), GLM45) == Mesh(1, 8, 8, context=8)
-    assert script.mesh_of(script.Args(mesh="expert=8", slices=2), GLM45) == Mesh(data=2, fsdp=-1, expert=8)
+    assert script.mesh_of(script.Args(mesh="expert=8"), GLM45, slices=2) == Mesh(data=2, fsdp=-1, expert=8)
     assert script.mesh_of(script.Args(), GLM45) == GLM45.mesh
     with pytest.raises(ConfigError, match=r"no axis 'exprt'; did you mean 'expert'"):
         script.mesh_of(script.Args(mesh="exprt=8"), GLM45)
