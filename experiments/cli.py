@@ -210,7 +210,7 @@ def _fields_of(run: Run) -> str:
     for path, values in _groups(run):
         text = "  ".join(f"{name}={_shown(value)}" for name, value in values.items())
         lines += textwrap.wrap(
-            text, width, initial_indent=f"{path:<12}", subsequent_indent=" " * 12, break_on_hyphens=False
+            text, width, initial_indent=f"{path:<11} ", subsequent_indent=" " * 12, break_on_hyphens=False
         )
     return "\n".join(lines)
 

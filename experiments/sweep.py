@@ -11,6 +11,7 @@ from these files alone.
 import itertools
 import json
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,13 +46,16 @@ def main(args: Args) -> None:
     if args.metric not in METRICS:
         raise ConfigError(f"unknown metric {args.metric!r}; {nearest(args.metric, list(METRICS))}")
     runs = list(sweep.runs())
-    records, made = [], 0
+    left = sum(not (args.results / f"{fingerprint(run)}.json").exists() for _, run in runs)
+    print(f"{args.sweep}: {len(runs) - left} of {len(runs)} runs are done", flush=True)
+    records, made, began = [], 0, time.monotonic()
     for i, (changes, run) in enumerate(runs):
         told = ", ".join(f"{name}={value}" for name, value in changes.items())
         path = args.results / f"{fingerprint(run)}.json"
         if not path.exists() and args.most and made == args.most:
             continue
-        print(f"[{i + 1}/{len(runs)}] {told}: {'done before' if path.exists() else 'running'}", flush=True)
+        rest = f", {(time.monotonic() - began) / made * (left - made) / 60:.0f} minutes to go" if made else ""
+        print(f"[{i + 1}/{len(runs)}] {told}: {'done before' if path.exists() else 'running' + rest}", flush=True)
         made += not path.exists()
         record = json.loads(path.read_text()) if path.exists() else _run(sweep, run, args, path)
         records.append({**record, "changes": changes})  # a run of two sweeps is one file; what it changes is each one's

@@ -20,6 +20,13 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     stages: tuple[str, ...] = ("stage1",)
 
+    def __post_init__(self):
+        for axes in self.grids:
+            if not isinstance(axes, dict) or not all(isinstance(values, tuple) for values in axes.values()):
+                raise ConfigError(
+                    f'grids={self.grids!r} must be a tuple of dictionaries of tuples: ({{"optim.momentum": (0.9, 0.95)}},)'
+                )
+
     def runs(self) -> Iterator[tuple[dict[str, Any], Run]]:
         """(what this run changes in the baseline, the run) for every point and seed."""
         baseline = replace(recipes.get(self.baseline), **self.common)

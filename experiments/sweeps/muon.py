@@ -18,9 +18,11 @@ SHORT = {
     "loop.eval_bytes": 50_000,
 }
 
+WHOLE_BATCHES = {"pretrain.0.microbatch_rows": 16, "pretrain.1.microbatch_rows": 16}
+
 SWEEP = Sweep(
     baseline="tiny",
-    common=SHORT,
+    common=SHORT | WHOLE_BATCHES,
     grids=(
         {"optim.name": ("muon",), "schedule.peak_lr": (4e-3, 1e-2, 2.5e-2)},
         {"optim.name": ("adamw",), "schedule.peak_lr": (2e-3, 5e-3, 1.2e-2)},

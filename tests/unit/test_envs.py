@@ -76,7 +76,7 @@ def test_the_oracle_solves_1000_tasks_in_both_modes_written_and_parsed(name):
         assert episode.turns <= task.max_turns
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if type(get(name)).slip is not Environment.slip])
 def test_a_slip_reads_like_a_solution_and_earns_nothing(name):
     env = get(name)
     for task in tasks(env, 300):

@@ -1,5 +1,7 @@
 """Sweeps: what they run, and how results become a table."""
 
+import re
+
 import pytest
 
 from experiments import sweep, sweeps
@@ -10,6 +12,19 @@ from glm_jax.config import ConfigError, fingerprint
 def test_every_sweep_names_runs_that_differ(name):
     runs = list(sweeps.get(name).runs())
     assert len({fingerprint(run) for _, run in runs}) == len(runs) > 1
+
+
+def test_every_result_that_is_kept_is_one_of_a_sweep_as_it_stands():
+    """A changed recipe would orphan results: a sweep names what it needs of it."""
+    runs = {fingerprint(run) for name in sweeps.known() for _, run in sweeps.get(name).runs()}
+    kept = {path.stem for path in sweep.Args("muon").results.glob("*.json") if re.fullmatch("[0-9a-f]{12}", path.stem)}
+    assert kept == runs
+
+
+def test_a_grid_of_another_form_is_refused():
+    for grids in (({"optim.momentum": 0.9},), {"optim.momentum": (0.9,)}):
+        with pytest.raises(ConfigError, match="must be a tuple of dictionaries of tuples"):
+            sweeps.Sweep("tiny", grids)
 
 
 def test_an_unknown_sweep_offers_the_nearest():
