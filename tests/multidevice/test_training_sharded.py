@@ -45,6 +45,7 @@ def check_meshes(sizes_of_meshes, one, cfg: Model = CFG) -> None:
         np.testing.assert_array_equal(got_loads[0], loads[0], err_msg=str(sizes))
         error = check_weights(got, want, 1e-3, sizes)
         print(sizes, np.max(np.abs(np.divide(got_losses, losses) - 1)), error, flush=True)
+        jax.clear_caches()  # machine code of dozens of meshes is more mappings than a process may have
 
 
 def check_balance(bias_rate: float = 1e-2) -> None:
