@@ -38,6 +38,9 @@ LIBRARY = re.compile(r'"lhs_contracting_dimensions":\[([\d,"]*)\]')  # of a prod
 LISTED = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
 IOTA = re.compile(r"\breplica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 ORDER = r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+OVER_SLICES = re.compile(  # a TPU's host sends for it what a collective wants of other slices: {their numbers}x{0:the last device of one}
+    r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}",_xla_megascale_transfer_type="(\w+)"'
+)
 OVER_MESH = re.compile(r"\breplica_groups=mesh\[([^\]]*)\]" + ORDER + r" \{([^}]*)\}")
 
 
@@ -244,6 +247,11 @@ class Program:
                 if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # as TPU's compiler writes it: a fusion that keeps a slice of the sum
                 found.append(Collective(kind, group, operands * _received(kind, len(group)), times))
+            elif op.opcode == "send" and (over := OVER_SLICES.search(op.attributes)):
+                slices, kind = len(_integers(over.group(1))), over.group(3).lower().replace("_", "-")
+                group = tuple(slice * (int(over.group(2)) + 1) for slice in range(slices))
+                kind = kind if kind in COLLECTIVES else "collective-permute"
+                found.append(Collective(kind, group, op.shapes[0].bytes * _received(kind, slices), times))
         return found
 
     def largest(self, count: int) -> list[tuple[str, Shape, str]]:

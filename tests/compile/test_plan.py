@@ -47,6 +47,15 @@ def test_a_small_step_on_four_chips(tmp_path):
     assert not [key for key in traffic if not key.startswith(("fsdp", "expert")) and traffic[key]["bytes"] > 1e4]
 
 
+def test_a_small_step_on_two_slices(tmp_path):
+    """Gradients are summed over the slower network, which `data` crosses; some that are small before they are scattered."""
+    plan = planned(tmp_path / "plan.json", "--batch", "8", "--slices", "2", "--mesh", "data=2,fsdp=2,expert=2")
+    assert plan["devices"] == 8
+    sums = plan["collectives"]["data all-reduce"]
+    assert sums["minimum"] <= sums["bytes"] < 2 * sums["minimum"]
+    assert plan["roofline_s"]["dcn"] == pytest.approx(sums["bytes"] / 6.25e9, rel=0.05)
+
+
 def test_a_small_sampler_on_four_chips(tmp_path):
     plan = planned(tmp_path / "plan.json", "--batch", "4", "--step", "sample")
     assert list(plan["programs"]) == ["prefill", "decode"]

@@ -310,6 +310,17 @@ def test_a_ragged_exchange_carries_what_either_side_has_room_for():
     assert one.bytes == 3 / 4 * min(8 * 16 * 2, 4 * 16 * 4)
 
 
+def test_what_a_host_sends_to_other_slices_is_a_collective_over_them():
+    call = (
+        "%sent = (f32[8,4,128]{2,1,0:T(4,128)}, u32[], token[]) send(%w, %token), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    line = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
+    (one, _) = Program(PROGRAM.replace(line, "  " + call)).collectives
+    assert (one.kind, one.devices, one.times) == ("all-reduce", (0, 8, 16), 5)
+    assert one.bytes == pytest.approx(2 * 2 / 3 * 8 * 4 * 128 * 4)
+
+
 def test_keys_of_long_rows_are_gathered_along_context():
     sizes = Mesh(fsdp=8, expert=8, context=8)
     whole, half = (plan.check(GLM45, POD, sizes, 64, length) for length in (131_072, 65_536))
