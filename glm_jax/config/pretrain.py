@@ -13,27 +13,27 @@ DType = Literal["float32", "bfloat16", "float16"]
 class Model:
     """Shapes of a GLM-4.5 model (report, section 2.1). Letters as in `glm_jax.dims`."""
 
-    V: int = 151_552
-    D: int = 5120
+    V: int = 151_552  # entries of the vocabulary
+    D: int = 5120  # width of the residual stream
     L: int = 92  # decoder layers, dense ones included, the MTP layer not
-    dense_layers: int = 3
-    N: int = 96
-    K: int = 8
-    H: int = 128
-    F: int = 12_288
-    M: int = 1536
-    E: int = 160
-    A: int = 8
-    shared_experts: int = 1
-    mtp_layers: int = 1
-    qk_norm: bool = True
-    qkv_bias: bool = True
-    rope_fraction: float = 0.5
-    rope_theta: float = 1_000_000.0
-    max_positions: int = 131_072
-    routed_scale: float = 2.5
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    dense_layers: int = 3  # of them without experts, the first ones
+    N: int = 96  # query heads
+    K: int = 8  # key-value heads, each shared by N / K queries'
+    H: int = 128  # width of a head
+    F: int = 12_288  # hidden width of a dense layer
+    M: int = 1536  # hidden width of an expert
+    E: int = 160  # routed experts of a layer
+    A: int = 8  # of them those that a token goes to
+    shared_experts: int = 1  # that every token goes to
+    mtp_layers: int = 1  # multi-token-prediction layers behind the others
+    qk_norm: bool = True  # RMSNorm of queries and keys, head by head
+    qkv_bias: bool = True  # of the three projections
+    rope_fraction: float = 0.5  # of a head's dims that RoPE rotates
+    rope_theta: float = 1_000_000.0  # RoPE's base; a stage has its own
+    max_positions: int = 131_072  # the longest row
+    routed_scale: float = 2.5  # that the routed experts' sum is multiplied by
+    norm_eps: float = 1e-5  # added under RMSNorm's root
+    init_std: float = 0.02  # of matrices' initial values
     # of activations and matmul inputs; parameters keep theirs, and softmax, norms and router compute in float32
     dtype: DType = "bfloat16"
     balance_on: Literal["unbiased", "biased"] = "unbiased"  # scores whose top-k the sequence balance loss counts
@@ -103,25 +103,25 @@ class Optim:
     """Muon for matrices, AdamW for the rest (report, section 2.4; spec section 4)."""
 
     name: Literal["muon", "adamw"] = "muon"  # adamw: for every parameter, the ablation's other arm
-    momentum: float = 0.95
+    momentum: float = 0.95  # Muon's
     momentum_dtype: DType = field(default="float32", metadata=SILENT_AT_DEFAULT)  # as it is kept from step to step
-    nesterov: bool = True
-    ns_steps: int = 5
-    ns_dtype: DType = "bfloat16"
+    nesterov: bool = True  # a step looks ahead by the momentum
+    ns_steps: int = 5  # of Newton-Schulz with the published coefficients
+    ns_dtype: DType = "bfloat16"  # that its products take
     ns_polish: int = field(default=0, metadata=SILENT_AT_DEFAULT)  # steps that converge; 2: update_rms holds to 1 %
     ns_gram: bool = field(
         default=False, metadata=SILENT_AT_DEFAULT
     )  # iterate on X X^T alone: faster on GPUs, in float16
-    update_rms: float = 0.2
+    update_rms: float = 0.2  # of a matrix's update, for a learning rate of 1
     lm_head: Literal["muon", "adamw"] = "muon"  # the report excludes only embedding, biases and norms
-    router: Literal["muon", "adamw"] = "muon"
+    router: Literal["muon", "adamw"] = "muon"  # what the routers' matrices are updated by
     split_heads: bool = False  # orthogonalise each head's slice alone (GLM-5's Muon Split)
-    weight_decay: float = 0.1
-    decay_norms_and_biases: bool = False
-    adam_b1: float = 0.9
-    adam_b2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_norm: float = 1.0
+    weight_decay: float = 0.1  # decoupled, for a learning rate of 1
+    decay_norms_and_biases: bool = False  # these too
+    adam_b1: float = 0.9  # decay of AdamW's mean
+    adam_b2: float = 0.95  # and of its squares
+    adam_eps: float = 1e-8  # added to their root
+    clip_norm: float = 1.0  # largest norm of all gradients together
 
     def __post_init__(self):
         check_choices(self)
@@ -142,19 +142,19 @@ class Schedule:
     One schedule spans pre- and mid-training (report, section 2.4). Token counts are exact Python integers.
     """
 
-    kind: Literal["cosine", "wsd"] = "cosine"
-    peak_lr: float = 2.5e-4
-    final_lr: float = 2.5e-5
+    kind: Literal["cosine", "wsd"] = "cosine"  # after the warm-up: half a cosine, or constant and then down
+    peak_lr: float = 2.5e-4  # learning rate after the warm-up
+    final_lr: float = 2.5e-5  # at the end
     warmup_tokens: int = 33_554_432_000  # 2,000 steps of 16M: our choice, the report is silent
     wsd_decay_fraction: float = 0.1  # last share of the tokens over which WSD decays
-    batch_tokens_start: int = 2**24
-    batch_tokens: int = 2**26
-    batch_ramp_tokens: int = 500_000_000_000
-    mtp_weight_start: float = 0.3
-    mtp_weight: float = 0.1
-    mtp_switch_tokens: int = 15_000_000_000_000
-    bias_rate: float = 1e-3
-    bias_freeze_tokens: int = 15_000_000_000_000
+    batch_tokens_start: int = 2**24  # of a step, at first
+    batch_tokens: int = 2**26  # of a step, after the ramp
+    batch_ramp_tokens: int = 500_000_000_000  # over which it grows
+    mtp_weight_start: float = 0.3  # of the MTP loss
+    mtp_weight: float = 0.1  # after the switch
+    mtp_switch_tokens: int = 15_000_000_000_000  # when it switches
+    bias_rate: float = 1e-3  # step of the routers' balance bias
+    bias_freeze_tokens: int = 15_000_000_000_000  # when the bias stops moving
 
     def __post_init__(self):
         check_choices(self)
@@ -170,7 +170,7 @@ class Schedule:
 class Loss:
     """Weights of what is added to next-token cross-entropy (the MTP weight moves: see `Schedule`)."""
 
-    sequence_balance: float = 1e-4
+    sequence_balance: float = 1e-4  # of the balance loss within each sequence
 
     def __post_init__(self):
         require(self.sequence_balance >= 0, f"sequence_balance={self.sequence_balance} must not be negative")
@@ -297,9 +297,9 @@ class Data:
 class Mesh:
     """Devices along each axis; -1 for one axis takes what is left. One device is a mesh of size one."""
 
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
+    data: int = 1  # copies of the weights; goes over slices first
+    fsdp: int = -1  # parts of each weight, gathered where a layer computes
+    expert: int = 1  # shares of the experts, and of the vocabulary
     context: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a row of tokens
     pipeline: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # stages, each with its share of the MoE layers
     tensor: int = field(default=1, metadata=SILENT_AT_DEFAULT)  # parts of a layer's heads and hidden widths
