@@ -109,12 +109,12 @@ def train(
     from glm_jax.data import dialogues
     from glm_jax.data.prepare import load_tokenizer
     from glm_jax.evals.dialogues import evaluator
-    from glm_jax.train import checkpoint, loop
+    from glm_jax.train import checkpoint, loop, processes
 
     before, name, data = checkpoint.load_run(start)
     tokenizer = load_tokenizer(data, run.model.V)
     rows = out / "data"
-    facts = dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len)
+    facts = processes.in_turn(lambda: dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len))
     run, stage = as_stage(run, settings, facts["rows"], before.stage(name).rope_theta)
     look = evaluator(validation, tokenizer, run, stage) if validation else None
     result = loop.train_stage(run, stage, out, rows, weights=start, evaluate=look, measure="loss")
