@@ -30,6 +30,7 @@ CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|calle
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 COST = re.compile(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)')
 KERNEL = re.compile(r'op_name="[^"]*?([^/"]+)/mpmd_map"')
+INDEX = re.compile(r"^, index=(\d+)")
 SOURCE = re.compile(r'op_name="([^"]*)"')
 WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
@@ -135,9 +136,10 @@ class Program:
     def _times(self) -> Counter[str]:
         times: Counter[str] = Counter({self.entry: 1})
         for name in reversed(self.computations):
-            for op in self.computations[name].ops:
+            where = self.computations[name]
+            for op in where.ops:
                 called_by = CALLED.findall(op.attributes)
-                trips = self._trips(op, dict(called_by)) if op.opcode == "while" else 1
+                trips = self._trips(where, op, dict(called_by)) if op.opcode == "while" else 1
                 for how, names in called_by:
                     for called in re.findall(r"[\w.\-]+", names):
                         times[called] += times[name] * (trips if how == "body" else 1)
@@ -145,13 +147,15 @@ class Program:
                             self.inlined.add(called)
         return times
 
-    def _trips(self, loop: Op, called: dict[str, str]) -> int:
-        """Loops that jax makes count up from zero; one whose end is known on the device alone counts once."""
+    def _trips(self, where: Computation, loop: Op, called: dict[str, str]) -> int:
+        """Loops that jax makes count up from zero, and from one where the compiler has taken the first turn out; one whose end is known
+        on the device alone counts once."""
         if known := TRIPS.search(loop.attributes):
             return int(known.group(1))
         condition = self.computations[called["condition"].lstrip("%")]
         constants = (op.literal for op in condition.ops if op.opcode == "constant")
-        return max((int(literal) for literal in constants if literal.isdigit()), default=1)
+        end = max((int(literal) for literal in constants if literal.isdigit()), default=None)
+        return 1 if end is None else end - _begun(where, loop, condition)
 
     def ops(self, *, inlined: bool) -> Iterator[tuple[Computation, Op, int]]:
         """(where it stands, operation, how often it runs); those inside fusions too, or not."""
@@ -263,6 +267,19 @@ class Program:
             for shape in op.shapes:
                 seen.setdefault((str(shape), op.source), (op.opcode, shape, op.source))
         return sorted(seen.values(), key=lambda row: -row[1].bytes)[:count]
+
+
+def _begun(where: Computation, loop: Op, condition: Computation) -> int:
+    """From where the loop's counter starts, if that is a constant of the program."""
+    counters = (op for op in condition.ops if op.opcode == "get-tuple-element" and str(op.shapes[0]) == "s32[]")
+    places = [int(found.group(1)) for op in counters if (found := INDEX.search(op.attributes))]
+    value = where.by_name.get(loop.operands[0])
+    if not places or value is None or value.opcode != "tuple":
+        return 0
+    value = where.by_name.get(value.operands[places[0]])
+    while value is not None and value.opcode == "copy":
+        value = where.by_name.get(value.operands[0])
+    return int(value.literal) if value is not None and value.opcode == "constant" else 0
 
 
 def _computations(text: str) -> Iterator[Computation]:

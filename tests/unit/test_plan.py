@@ -97,8 +97,14 @@ def test_groups_of_devices_as_compilers_write_them(written, devices):
 def test_a_loop_without_a_count_ends_at_what_it_compares_with():
     text = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
     assert Program(text).collectives[0].times == 1  # known on the device alone
-    end = "  %end = s32[] constant(7)\n  ROOT %again = pred[] compare(%n, %end), direction=LT"
-    assert Program(text.replace("  ROOT %again = pred[] constant(true)", end)).collectives[0].times == 7
+    end = (
+        "  %n = s32[] get-tuple-element(%state), index=0\n  %end = s32[] constant(7)\n"
+        "  ROOT %again = pred[] compare(%n, %end), direction=LT"
+    )
+    text = text.replace("  ROOT %again = pred[] constant(true)", end)
+    assert Program(text).collectives[0].times == 7
+    text = text.replace("%zero = s32[] constant(0)", "%one = s32[] constant(1)\n  %zero = s32[] copy(%one)")
+    assert Program(text).collectives[0].times == 6  # the first turn has been taken out
 
 
 def test_a_slice_of_a_stack_moves_no_more_than_itself():
