@@ -272,11 +272,13 @@ def _gathered(w: Array, there: PartitionSpec) -> Array:
     equal = [axis for axis in AXES if axis not in (TENSOR, *axes_of(there))]
 
     def local(w: Array) -> Array:
+        # first, so that a gradient is summed over copies of the weights last, when it is scattered: between slices that is slow
+        w = jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
         for d, axis in turned:
             w = turn(w, axis, d, next(e for e in range(w.ndim) if axis in _tuple(there[e])))
         for d, axis in steps:
             w = joined(w, axis, d, to="reduced")
-        return jax.lax.pcast(w, tuple(axis for axis in equal if axis not in over), to="reduced")
+        return w
 
     return jax.shard_map(
         local, in_specs=PartitionSpec(*here), out_specs=PartitionSpec(*there, reduced=frozenset(equal))

@@ -115,15 +115,16 @@ _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 def _whole(w: Array, layout: P, D: int, over: tuple[str, ...]) -> Array:
     """This device's experts with their shards gathered, of a part of their hidden width along the tensor axis, for tokens that are
-    split `over` these axes; the gradient is scattered as it is summed."""
+    split `over` these axes; the gradient is scattered as it is summed, and then summed over copies of the weights."""
     axes = mesh.axes_of((layout[D],))
+    missing = {*over} - {mesh.EXPERT, *axes}
+    w = jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
     for axis in reversed(axes):  # one at a time, the innermost first: as `mesh.gather` does, and for its reason
         if axis == mesh.TENSOR:
             w = mesh.turn(w, axis, D, w.ndim - D)  # D and M are the last two dimensions
         elif mesh.axis_size(axis) > 1:
             w = mesh.joined(w, axis, D)
-    missing = {*over} - {mesh.EXPERT, *axes}
-    return jax.lax.pcast(w, tuple(axis for axis in mesh.AXES if axis in missing), to="varying")
+    return w
 
 
 def pieces(tokens: int, choices: int, expert_axis: int, where: str) -> tuple[int, int]:

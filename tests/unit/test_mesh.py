@@ -1,5 +1,9 @@
 """Device meshes: sizes from a configuration, layouts from letters, and errors that say what would fit."""
 
+import math
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +14,7 @@ from experiments import recipes
 from glm_jax import config, mesh, model
 from glm_jax.config import ConfigError, replace
 from glm_jax.parallel import pipeline
+from glm_jax.spec import leaves
 
 TINY = recipes.get("tiny").model
 
@@ -163,3 +168,29 @@ def test_every_recipe_fits_its_mesh_on_a_pod():
         run = replace(run, **{"model.L": min(run.model.L, 8)})
         for stage in run.stages:
             mesh.check(abstract(*sizes), model.specs(run.model), stage.microbatch_rows * 8, stage.seq_len)
+
+
+def test_copies_of_a_weight_sum_its_gradient_where_it_has_been_scattered():
+    """Over data, which may be between slices: of every layer's matrix a device's shard, and never more."""
+    cfg = config.Model(V=128, D=32, L=2, dense_layers=1, N=4, K=2, H=8, F=16, M=24, E=4, A=2, mtp_layers=0)
+    sizes = config.Mesh(data=2, fsdp=2, expert=2)
+
+    def gradient(params):
+        params = jax.tree.map(mesh.rest, params, model.specs(cfg))
+        ids_BT = jnp.zeros((8, 16), jnp.int32)
+        return jax.grad(lambda p: model.forward(cfg, p, model.router_bias(cfg), ids_BT)[0].sum())(params)
+
+    def local(spec, layout):
+        shape = (
+            n // math.prod(mesh.sizes_of(sizes)[z] for z in mesh.axes_of((axes,)))
+            for n, axes in zip(spec.shape, layout, strict=True)
+        )
+        return ",".join(map(str, list(shape)[1:]))  # a layer at a time
+
+    params, _ = jax.eval_shape(partial(model.init, cfg), jax.random.key(0))
+    with jax.sharding.use_abstract_mesh(mesh.abstract(sizes)):
+        text = str(jax.make_jaxpr(gradient)(params))
+    summed = set(re.findall(r"\[([\d,]+)\]\S* = (?:unreduced_psum|psum_invariant)\[\s*axes=\('data'", text))
+    matrices = [spec for _, spec in leaves(model.specs(cfg)) if spec.kind in ("matrix", "shared", "router")]
+    assert {local(spec, mesh.at_rest(spec)) for spec in matrices} <= summed
+    assert not {local(spec, mesh.in_use(spec)) for spec in matrices} & summed
