@@ -48,11 +48,11 @@ def test_a_small_step_on_four_chips(tmp_path):
 
 
 def test_a_small_step_on_two_slices(tmp_path):
-    """Gradients' shards are summed over the slower network, which `data` crosses, padded to whole tiles."""
+    """Gradients are summed over the slower network, which `data` crosses: their shards, small ones padded to whole tiles."""
     plan = planned(tmp_path / "plan.json", "--batch", "8", "--slices", "2", "--mesh", "data=2,fsdp=2,expert=2")
     assert plan["devices"] == 8
     sums = plan["collectives"]["data all-reduce"]
-    assert sums["bytes"] == pytest.approx(sums["minimum"], rel=0.1)
+    assert sums["minimum"] <= sums["bytes"] < 1.5 * sums["minimum"]  # whole, they would be twice as much
     assert plan["roofline_s"]["dcn"] == pytest.approx(sums["bytes"] / 6.25e9, rel=0.05)
 
 
