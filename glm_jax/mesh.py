@@ -94,8 +94,8 @@ def check(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any, rows:
             f"set microbatch_rows (--batch of a plan) to a multiple of {parts}"
         )
     chunks = 2 * mesh.shape[CONTEXT]  # an early and a late one to each device: see `parallel.context`
-    divisor = f"a divisor of {length // 2}" if length % 2 == 0 else "1"
     if mesh.shape[CONTEXT] > 1 and length % chunks:
+        divisor = f"a divisor of {length // 2}" if length % 2 == 0 else "1"
         raise ConfigError(
             f"a row of T={length} tokens cannot be split over a context axis of {mesh.shape[CONTEXT]}, in {chunks} equal "
             f"chunks; use a multiple of {chunks} tokens, or {divisor} for mesh.context"

@@ -42,9 +42,8 @@ def _turned(cfg: Model, params: model.GLM, back: bool) -> model.GLM:
     def turn(spec: Spec, w: Array) -> Array:
         if spec.kind not in ("matrix", "shared", "head"):
             return w
-        first = (
-            0 if "D" in spec.outs else len(spec.batch)
-        )  # what experts send back to D is summed over them too: [D, E, M]
+        # what experts send back to D is summed over them too: [D, E, M]
+        first = 0 if "D" in spec.outs else len(spec.batch)
         last = first + len(spec.outs) if back else len(spec.batch) + len(spec.ins)
         return jnp.moveaxis(w, range(first, last), range(first - last, 0))
 

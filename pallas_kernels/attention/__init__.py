@@ -75,7 +75,5 @@ def _check(q: Array, k: Array, v: Array, *places: Array | None) -> None:
     names = ("q_positions", "k_positions", "q_segments", "k_segments", "q_prefixes")
     for name, z in zip(names, places, strict=True):
         like = q if name.startswith("q") else k
-        if z is None:
-            continue
-        if z.shape != like.shape[:2] or not jnp.issubdtype(z.dtype, jnp.integer):
+        if z is not None and (z.shape != like.shape[:2] or not jnp.issubdtype(z.dtype, jnp.integer)):
             raise ValueError(f"attention: {name} {z.shape} {z.dtype} must be integers of shape {like.shape[:2]}")

@@ -305,13 +305,19 @@ def test_what_other_slices_or_hosts_have_comes_once_and_over_their_network(machi
     assert seconds["network"] == pytest.approx((1 - far) * 1e9 / machine.link_bandwidth)
 
 
+def in_the_gathers_place(call):
+    """The collective that PROGRAM has with `call` for its all-gather, beside its all-reduce."""
+    line = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
+    (one, _) = Program(PROGRAM.replace(line, "  " + call)).collectives
+    return one
+
+
 def test_a_ragged_exchange_carries_what_either_side_has_room_for():
     call = (
         "%whole = bf16[16,16]{1,0} ragged-all-to-all(%w, %x, %n, %n, %n, /*index=5*/%n), channel_id=1, "
         "replica_groups={{0,1,2,3}}"
     )
-    line = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
-    (one, _) = Program(PROGRAM.replace(line, "  " + call)).collectives
+    one = in_the_gathers_place(call)
     assert (one.kind, one.devices, one.times) == ("ragged-all-to-all", (0, 1, 2, 3), 5)
     assert one.bytes == 3 / 4 * min(8 * 16 * 2, 4 * 16 * 4)
 
@@ -321,8 +327,7 @@ def test_what_a_host_sends_to_other_slices_is_a_collective_over_them():
         "%sent = (f32[8,4,128]{2,1,0:T(4,128)}, u32[], token[]) send(%w, %token), channel_id=2, is_host_transfer=true, "
         'frontend_attributes={_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
-    line = next(line for line in PROGRAM.splitlines() if "all-gather(" in line)
-    (one, _) = Program(PROGRAM.replace(line, "  " + call)).collectives
+    one = in_the_gathers_place(call)
     assert (one.kind, one.devices, one.times) == ("all-reduce", (0, 8, 16), 5)
     assert one.bytes == pytest.approx(2 * 2 / 3 * 8 * 4 * 128 * 4)
 
