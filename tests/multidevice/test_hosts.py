@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_devices
 import jax
 import numpy as np
 import pytest
@@ -21,14 +22,15 @@ def processes(count: int, devices: int, *command: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    flags |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    flags = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     # a process that finds its program in the cache would wait for one that compiles it, and gloo waits for 30 s
     flags |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
     started = []
     for index in range(count):
-        environment = os.environ | flags | several | ({"JAX_PROCESS_ID": str(index)} if several else {})
+        environment = (
+            fake_devices.environment(devices) | flags | several | ({"JAX_PROCESS_ID": str(index)} if several else {})
+        )
         started.append(
             subprocess.Popen(
                 [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

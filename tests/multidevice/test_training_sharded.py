@@ -2,11 +2,11 @@
 the end, whatever the mesh; also from a checkpoint of another mesh. In processes of their own."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import fake_devices
 import jax
 import numpy as np
 import pytest
@@ -24,9 +24,7 @@ RESTORED_ON = (Mesh(fsdp=2, expert=2, context=2), Mesh(fsdp=1))
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["meshes", "chunks", "balance", "checkpoints"])
 def test_eight_devices_train_as_one(what):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, __file__, what], env=os.environ | flags, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fake_devices.run(__file__, what)
 
 
 def trained(sizes: Mesh, bias_rate: float = 0.0, cfg: Model = CFG):

@@ -1,10 +1,8 @@
 """The kernels' doors on an Explicit mesh of eight devices that the CPU pretends to have, in a process of their own."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
+import fake_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +16,7 @@ from pallas_kernels import attention, cross_entropy, grouped_matmul
 
 @pytest.mark.slow
 def test_kernels_on_eight_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-m", __name__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fake_devices.run(__file__)
 
 
 def value_and_gradients(f, dy, *inputs):
