@@ -72,7 +72,7 @@ def moe(
 
     counted_BTE = chosen_BTE
     if cfg.balance_on == "unbiased":
-        counted_BTE = routing.chosen(jax.lax.top_k(scores_BTE, cfg.A)[1], cfg.E)
+        counted_BTE = routing.chosen(routing.best(scores_BTE, cfg.A), cfg.E)
     load_E = routing.counts(chosen_BTE, real_BT)
     return y_BTD, Routing(load_E, balance_loss(cfg, scores_BTE, counted_BTE, real_BT), experts_BTA)
 

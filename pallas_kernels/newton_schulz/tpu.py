@@ -11,7 +11,6 @@ bfloat16 before b multiplies it (xla.py keeps it float32: the polynomial is roun
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from math import prod
 
 import jax
@@ -37,6 +36,7 @@ class Config:
     contract: int = 1536  # summed at once
 
 
+SCALARS = pl.BlockSpec(memory_space=pltpu.SMEM)
 VMEM_BYTES = 48 * 2**20  # the three tiles, twice, and the accumulator fit with room
 
 
@@ -69,13 +69,13 @@ def _newton_schulz(quintics, config: Config, x_BPQ: Array) -> Array:
     rows, columns = _tile(P, config.rows), _tile(Q, config.columns)
     x = jnp.pad(x_BPQ.reshape(prod(batch), P, Q), ((0, 0), (0, -P % rows), (0, -Q % columns)))
 
-    def step(_, x, a: float, b: float, c: float):
-        gram = _symmetric(x, None, 1.0, 0.0, rows, config.contract)
-        poly = _symmetric(gram, gram, c, b, rows, config.contract)
-        return _step(poly, x, a, rows, columns, config.contract)
+    def step(x, quintic):  # kernels take coefficients as data: they are compiled once for all steps
+        a, b, c = quintic
+        gram = _symmetric(x, None, rows, config.contract)
+        poly = _symmetric(gram, (b, c), rows, config.contract)
+        return _step(poly, x, a, rows, columns, config.contract), None
 
-    for (a, b, c), same in groupby(quintics):  # a loop: its kernels are compiled once
-        x = jax.lax.fori_loop(0, len(list(same)), partial(step, a=a, b=b, c=c), x)
+    x, _ = jax.lax.scan(step, x, jnp.asarray(quintics, jnp.float32))
     return x[:, :P, :Q].reshape(x_BPQ.shape)
 
 
@@ -102,21 +102,22 @@ def _divisor(size: int, most: int) -> int:
     return next(tile for tile in range(min(most, size), 0, -ROUND) if size % tile == 0)
 
 
-def _symmetric(x_BPK: Array, plus_BPP: Array | None, scale: float, share: float, tile: int, contract: int) -> Array:
-    """scale x x^T + share plus, for a symmetric `plus` or none: tiles on and above the diagonal, each written twice."""
+def _symmetric(x_BPK: Array, weights: tuple[Array, Array] | None, tile: int, contract: int) -> Array:
+    """x x^T, or with weights (b, c) of a symmetric x: b x + c x x^T. Tiles on and above the diagonal, each written twice."""
     B, P, K = x_BPK.shape
     contract = _divisor(K, contract)
     i_S, j_S = (jnp.asarray(z, jnp.int32) for z in np.triu_indices(P // tile))
     x_i = pl.BlockSpec((None, tile, contract), lambda b, s, k, i, j: (b, i[s], k))
     x_j = pl.BlockSpec((None, tile, contract), lambda b, s, k, i, j: (b, j[s], k))
     here = pl.BlockSpec((None, tile, tile), lambda b, s, k, i, j: (b, i[s], j[s]))
+    plus = (jnp.stack(weights), x_BPK) if weights else ()
     products = len(i_S) * B * tile * tile * K
     return pl.pallas_call(
-        partial(_symmetric_kernel, scale, share, plus_BPP is not None),
+        partial(_symmetric_kernel, bool(weights)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, len(i_S), K // contract),
-            in_specs=[x_i, x_j] + ([here] if plus_BPP is not None else []),
+            in_specs=[x_i, x_j, *((SCALARS, here) if weights else ())],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((tile, tile), jnp.float32),
@@ -130,12 +131,11 @@ def _symmetric(x_BPK: Array, plus_BPP: Array | None, scale: float, share: float,
         ),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
         name="newton_schulz_symmetric",
-    )(i_S, j_S, x_BPK, x_BPK, *(() if plus_BPP is None else (plus_BPP,)))
+    )(i_S, j_S, x_BPK, x_BPK, *plus)
 
 
-def _symmetric_kernel(scale, share, has_plus, i_S, j_S, x_i, x_j, *rest):
-    plus = rest[0] if has_plus else None
-    out_BPP, sum_ref, stage_ref, sent = rest[has_plus:]
+def _symmetric_kernel(weighted, i_S, j_S, x_i, x_j, *rest):
+    *plus, out_BPP, sum_ref, stage_ref, sent = rest
     b, s, k = (pl.program_id(axis) for axis in range(3))
     tile = sum_ref.shape[0]
     product = jax.lax.dot_general(x_i[...], x_j[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -154,9 +154,10 @@ def _symmetric_kernel(scale, share, has_plus, i_S, j_S, x_i, x_j, *rest):
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
-        total = scale * sum_ref[...]
-        if plus is not None:
-            total += share * plus[...].astype(jnp.float32)
+        total = sum_ref[...]
+        if weighted:
+            weights, here = plus
+            total = weights[1] * total + weights[0] * here[...].astype(jnp.float32)
         i, j = i_S[s], j_S[s]
         stage_ref[0] = total.astype(stage_ref.dtype)
         upper = send(0, i, j)
@@ -172,15 +173,16 @@ def _symmetric_kernel(scale, share, has_plus, i_S, j_S, x_i, x_j, *rest):
         upper.wait()
 
 
-def _step(poly_BPP: Array, x_BPQ: Array, a: float, rows: int, columns: int, contract: int) -> Array:
+def _step(poly_BPP: Array, x_BPQ: Array, a: Array, rows: int, columns: int, contract: int) -> Array:
     """a x + poly x."""
     B, P, Q = x_BPQ.shape
     contract = _divisor(P, contract)
     products = B * P * P * Q
     return pl.pallas_call(
-        partial(_step_kernel, a),
+        _step_kernel,
         grid=(B, P // rows, Q // columns, P // contract),
         in_specs=[
+            SCALARS,
             pl.BlockSpec((None, rows, contract), lambda b, i, j, k: (b, i, k)),
             pl.BlockSpec((None, contract, columns), lambda b, i, j, k: (b, k, j)),
             pl.BlockSpec((None, rows, columns), lambda b, i, j, k: (b, i, j)),
@@ -197,16 +199,16 @@ def _step(poly_BPP: Array, x_BPQ: Array, a: float, rows: int, columns: int, cont
             vmem_limit_bytes=VMEM_BYTES, dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         name="newton_schulz_step",
-    )(poly_BPP, x_BPQ, x_BPQ)
+    )(a[None], poly_BPP, x_BPQ, x_BPQ)
 
 
-def _step_kernel(a, poly_ref, x_ref, here_ref, out_ref, sum_ref):
+def _step_kernel(a_ref, poly_ref, x_ref, here_ref, out_ref, sum_ref):
     k = pl.program_id(3)
     product = jnp.dot(poly_ref[...], x_ref[...], preferred_element_type=jnp.float32)
 
     @pl.when(k == 0)
     def _():
-        sum_ref[...] = a * here_ref[...].astype(jnp.float32) + product
+        sum_ref[...] = a_ref[0] * here_ref[...].astype(jnp.float32) + product
 
     @pl.when(k > 0)
     def _():

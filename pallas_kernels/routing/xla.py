@@ -1,12 +1,19 @@
-"""The position map by counting, without a sort: comparisons and sums that every back end fuses, in whole numbers.
+"""The router's product in float32, and the position map by counting, without a sort: comparisons and sums that every back end
+fuses, in whole numbers.
 
 A row's place is where its expert begins, plus the expert's rows in earlier blocks, plus those before it in its own block.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 BLOCK = 128
+
+
+def logits(x_BTD: Array, router_DE: Array) -> Array:
+    # else matrix units round the factors, and other experts win
+    return jnp.einsum("...d,de->...e", x_BTD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
 
 
 def position_map(expert_R: Array, groups: int) -> tuple[Array, Array]:

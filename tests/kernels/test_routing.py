@@ -1,5 +1,7 @@
 """Routing: the position map against the definition by a stable sort, and the choice against its laws."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import routing
+from pallas_kernels.routing import thirds
 
 IMPLEMENTATIONS = list(routing.IMPLEMENTATIONS)
 ROWS, GROUPS = 301, 7
@@ -47,6 +50,37 @@ def test_any_choice_of_experts(experts):
     for z, want in zip((position, sizes), by_sorting(np.array(experts), GROUPS), strict=True):
         np.testing.assert_array_equal(z, want)
     np.testing.assert_array_equal(routing.row_order(position), np.argsort(position))
+
+
+@pytest.mark.parametrize("implementation", routing.LOGITS)
+def test_scores_and_their_gradients_are_float32s(implementation):
+    """Those that matrix units could round, by 2^-9, are not."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(3, 50, 64)), "bfloat16")
+    router = jnp.asarray(rng.normal(size=(64, GROUPS)) / 8, "float32")
+    dy = jnp.asarray(rng.normal(size=(3, 50, GROUPS)), "float32")
+    got, vjp = jax.vjp(partial(routing.scores, implementation=implementation), x, router)
+    dx, drouter = vjp(dy)
+    wide_x, wide_router = (np.asarray(z, "float64") for z in (x, router))
+    want = 1 / (1 + np.exp(-wide_x @ wide_router))
+    dlogits = np.asarray(dy) * want * (1 - want)
+    np.testing.assert_allclose(got, want, rtol=3e-6)
+    np.testing.assert_allclose(drouter, np.einsum("btd,bte->de", wide_x, dlogits), atol=1e-5)
+    np.testing.assert_allclose(dx.astype("float64"), dlogits @ wide_router.T, rtol=2**-8, atol=2**-8 * 1e-2)
+
+
+@settings(deadline=None)
+@given(st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda z: z == 0 or abs(z) > 2.0**-100))
+def test_a_float32_is_three_bfloat16(z):
+    parts = thirds._thirds(jnp.float32(z))
+    assert all(part == part.astype(jnp.bfloat16) for part in parts)
+    assert sum(np.float64(part) for part in parts) == z
+
+
+@pytest.mark.parametrize("active", [1, 3, GROUPS])
+def test_the_best_are_top_ks(active):
+    scores = jnp.asarray(np.random.default_rng(3).integers(0, 4, (5, 6, GROUPS)), "float32").at[1, 2, 3].set(jnp.nan)
+    np.testing.assert_array_equal(routing.best(scores, active), jax.lax.top_k(scores, active)[1])
 
 
 def test_the_bias_moves_the_choice_and_not_the_weights():
