@@ -137,9 +137,12 @@ def _iterate_columns(
     """The same of a matrix of which each device has some columns: A = X X^T is a sum over them, the rest is local."""
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST if x_PQ.dtype == jnp.float32 else None,
                       preferred_element_type=jnp.float32)  # fmt: skip
-    for a, b, c in quintics:
+
+    def step(x_PQ: Array, quintic: Array) -> tuple[Array, None]:
+        a, b, c = quintic
         gram_PP = total(product("pq,rq->pr", x_PQ, x_PQ))
         low_PP = gram_PP.astype(x_PQ.dtype)
         poly_PP = (b * gram_PP + c * product("pr,rs->ps", low_PP, low_PP)).astype(x_PQ.dtype)
-        x_PQ = (a * x_PQ.astype(jnp.float32) + product("pr,rq->pq", poly_PP, x_PQ)).astype(x_PQ.dtype)
-    return x_PQ
+        return (a * x_PQ.astype(jnp.float32) + product("pr,rq->pq", poly_PP, x_PQ)).astype(x_PQ.dtype), None
+
+    return jax.lax.scan(step, x_PQ, jnp.asarray(quintics, jnp.float32))[0]
