@@ -18,7 +18,7 @@ smoke: $(VENV)/installed  ## the same in a few steps of each stage, for continuo
 	$(BIN)/python -m experiments.quickstart --recipe smoke --out runs/smoke
 
 test: $(VENV)/installed-dev  ## every test, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -11,3 +11,9 @@ from experiments import cli
 cli.configure_jax()
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # =0: compiled as users compile it
     jax.config.update("jax_disable_most_optimizations", True)  # the suite compiles for longer than it computes
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: of two workers neither is left with the longest file when the other has done the rest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
