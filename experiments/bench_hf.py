@@ -7,6 +7,8 @@ The peer's side needs torch and transformers only, in an environment of its own:
 
 Protocol: 17.2 M parameters in float32, random tokens; training is forward, backward and AdamW on 8 rows of 512 tokens;
 sampling is 128 new tokens for each of 8 prompts of 64, at temperature 1, through the cache; two threads, sdpa attention.
+Ours trains on a CPU device for each thread, rows and weights divided among them (fsdp), as `JAX_NUM_CPU_DEVICES=2` makes any run
+do: threads that share one device's operations wait for each other after each of them. Sampling has one device.
 The fastest of the timed repetitions counts: other work on the machine can only slow one down. One JSON line on stdout.
 """
 
@@ -106,6 +108,7 @@ def ours(train_steps: int, samples: int) -> dict:
     import jax
     import numpy as np
 
+    jax.config.update("jax_num_cpu_devices", THREADS)
     from glm_jax import config, mesh, model, spec
     from glm_jax.optim import optimizer
     from glm_jax.sample.engine import Sampling, generate
@@ -123,7 +126,7 @@ def ours(train_steps: int, samples: int) -> dict:
     batch = {"ids": ids[None], "targets": np.roll(ids, -1, 1)[None], "weights": ones, "mtp_weights": ones}
     batch["positions"] = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (1, ROWS, LENGTH))
     batch |= {"segments": ones.astype(np.int32), "mtp_targets": batch["targets"]}
-    with jax.set_mesh(mesh.make(config.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(mesh.make(config.Mesh(), jax.devices())):
         now = state.create(cfg, tx, 0)
         knobs = Knobs(*np.float32([1e-3, 0, 0]), microbatches=np.int32(1))
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from glm_jax import mesh
 from pallas_kernels.choose import platform
@@ -18,11 +19,14 @@ def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "
     `to` names the result's letters where what is summed over may lie on several devices.
 
     Of few tokens a CPU's time goes in reading the weight, and it reads a product's first factor once, in order, where the second
-    is copied first: there the weight comes first (and sampling holds it so that its inputs lie side by side).
+    is copied first: there the weight comes first (and sampling holds it so that its inputs lie side by side). Of many, tokens are
+    one dimension there: sums over two of them, which gradients of weights are, would be transposed first.
     """
     layout = mesh.out_sharding(to) if to else None
-    if platform() != "cpu" or x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins]):
+    if platform() != "cpu":
         return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
+    if x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins]):
+        return _many_tokens(x_BTD, w, ins, dtype, layout)
     outs = w.ndim - ins
     w = jnp.moveaxis(w, range(ins), range(-ins, 0))  # as sampling holds it
     contract = range(outs, w.ndim), range(x_BTD.ndim - ins, x_BTD.ndim)
@@ -30,9 +34,22 @@ def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "
         z if dtype is None else z.astype(dtype) for z in (x_BTD, w)
     )  # this back end has no product of two types
     if layout is not None:
-        layout = jax.sharding.PartitionSpec(*layout[-outs:], *layout[:-outs])
+        layout = PartitionSpec(*layout[-outs:], *layout[:-outs])
     y = jax.lax.dot_general(w, x_BTD, (contract, ((), ())), out_sharding=layout)
     return jnp.moveaxis(y, range(outs), range(-outs, 0))
+
+
+def _many_tokens(x_BTD: Array, w: Array, ins: int, dtype: Any, layout: PartitionSpec | None) -> Array:
+    if mesh.axis_size(mesh.CONTEXT) > 1:  # tokens that lie on several devices in both dimensions are not one
+        return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
+    tokens = x_BTD.ndim - ins
+    x_XD = x_BTD.reshape(math.prod(x_BTD.shape[:tokens]), *w.shape[:ins])
+    if layout is not None:
+        layout = PartitionSpec(*jax.typeof(x_XD).sharding.spec[:1], *layout[tokens:])
+    y_XE = jnp.tensordot(x_XD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
+    back = PartitionSpec(*jax.typeof(x_BTD).sharding.spec[:tokens], *jax.typeof(y_XE).sharding.spec[1:])
+    shape = *x_BTD.shape[:tokens], *w.shape[ins:]
+    return jax.lax.reshape(y_XE, shape, out_sharding=back if mesh.active() else None)
 
 
 def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:

@@ -89,11 +89,11 @@ def _rows(z_BTNH: Array, K: int) -> Array:
 def _block(z: Array, i: Array, blocks: int, dim: int) -> Array:
     """The i-th of `blocks` equal pieces of dimension `dim`."""
     size = z.shape[dim] // blocks
-    return lax.dynamic_slice_in_dim(z, i * size, size, dim)
+    return lax.dynamic_slice_in_dim(z, i * size, size, dim, allow_negative_indices=False)
 
 
 def _put_block(z: Array, piece: Array, i: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(z, piece, i * piece.shape[2], 2)
+    return lax.dynamic_update_slice_in_dim(z, piece, i * piece.shape[2], 2, allow_negative_indices=False)
 
 
 def _add_block(z_BKSH: Array, piece_BKjH: Array, j: Array, blocks: int) -> Array:
