@@ -62,18 +62,23 @@ def main(args: Args) -> None:
     if args.device not in DEVICES:
         raise ConfigError(f"--device {args.device!r} is unknown; {nearest(args.device, list(DEVICES))}")
     _check_device(args.device)
-    known: dict[tuple[str, ...], dict[str, Any]] = {}
-    if args.out and args.out.exists():
-        known = {_key(row): row for row in json.loads(args.out.read_text())["rows"]}
     print(_line("operation", "case", "whose", "status", "figures"))
     for bench in _benches(args):
         for row in _rows(args, bench):
-            known[_key(row)] = row
             figures = "  ".join(_cell({name: value}) for name, value in row["figures"].items())
             print(_line(row["operation"], row["case"], row["whose"], row["status"], figures), flush=True)
-            if args.out:  # row by row: whoever interrupts keeps what is done
-                record = {"device": args.device, "machine": _machine(), "rows": list(known.values())}
-                args.out.write_text(json.dumps(record, indent=1) + "\n")
+            if args.out:
+                _keep(args.out, args.device, row)
+
+
+def _keep(out: Path, device: str, row: dict[str, Any]) -> None:
+    """Row by row: whoever interrupts keeps what is done. What another run has written there since stays."""
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    known = {_key(one): one for one in [*rows, row]}
+    whole = out.with_name(f"{out.name}.new")
+    record = {"device": device, "machine": _machine(), "rows": list(known.values())}
+    whole.write_text(json.dumps(record, indent=1) + "\n")
+    whole.replace(out)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
