@@ -51,7 +51,8 @@ def group_sizes(draw, rows, count):
     """Of `count` groups and a tail; among them nothing at all, everything in one group, and groups of one row."""
     kind = draw(st.sampled_from(["cuts", "cuts", "one", "ones"]))
     if kind == "one":
-        return tuple(rows * (e == draw(st.integers(0, count - 1))) for e in range(count))
+        full = draw(st.integers(0, count - 1))
+        return tuple(rows * (e == full) for e in range(count))
     if kind == "ones":
         return tuple(int(e < rows) for e in range(count))
     cuts = sorted(draw(st.lists(st.integers(0, rows), min_size=count, max_size=count)))
