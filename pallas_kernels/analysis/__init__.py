@@ -80,7 +80,8 @@ def tpu(
     """Figures of `function(*arguments)` on one device of a chip ("v5e", "v5p", "v6e", "tpu7x") or topology ("v5p:2x2x2").
 
     `arguments` are trees of `jax.ShapeDtypeStruct`. `axes` makes a mesh of several devices; an argument is then laid out as the
-    `PartitionSpec` of its sharding says. Raises RuntimeError with the compiler's message if the program does not compile.
+    `PartitionSpec` of its sharding says. Raises RuntimeError with the compiler's message if the program does not compile, and
+    TimeoutError if that takes more than `timeout` seconds.
     """
     facts = chip(topology)
     return _figures(
@@ -106,14 +107,17 @@ def _figures(job: Job, facts: Chip, timeout: float) -> Figures:
             "or a functools.partial of one"
         ) from None
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    done = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.analysis"],
-        input=sent,
-        capture_output=True,
-        env=os.environ | QUIET | {"PYTHONPATH": paths},
-        timeout=timeout,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pallas_kernels.analysis"],
+            input=sent,
+            capture_output=True,
+            env=os.environ | QUIET | {"PYTHONPATH": paths},
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"analysis: not compiled within {timeout:g} seconds; allow more") from None
     if not done.stdout:
         raise RuntimeError(
             f"analysis: the compiler's process ended with {done.returncode}:\n{done.stderr.decode()[-2000:]}"
