@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from experiments import cli
 from glm_jax.config import ConfigError, nearest
+from glm_jax.data.document import write
 
 if TYPE_CHECKING:
     from pallas_kernels.analysis import Figures
@@ -75,10 +76,8 @@ def _keep(out: Path, device: str, row: dict[str, Any]) -> None:
     """Row by row: whoever interrupts keeps what is done. What another run has written there since stays."""
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     known = {_key(one): one for one in [*rows, row]}
-    whole = out.with_name(f"{out.name}.new")
     record = {"device": device, "machine": _machine(), "rows": list(known.values())}
-    whole.write_text(json.dumps(record, indent=1) + "\n")
-    whole.replace(out)
+    write(out, json.dumps(record, indent=1) + "\n")
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

@@ -23,10 +23,12 @@ def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "
     one dimension there: sums over two of them, which gradients of weights are, would be transposed first.
     """
     layout = mesh.out_sharding(to) if to else None
-    if platform() != "cpu":
+    many = x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins])
+    # tokens that lie on several devices in both dimensions are not one
+    if platform() != "cpu" or (many and mesh.axis_size(mesh.CONTEXT) > 1):
         return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
-    if x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins]):
-        return _many_tokens(x_BTD, w, ins, dtype, layout)
+    if many:
+        return _with_tokens_in_one(x_BTD, w, ins, dtype, layout)
     outs = w.ndim - ins
     w = jnp.moveaxis(w, range(ins), range(-ins, 0))  # as sampling holds it
     contract = range(outs, w.ndim), range(x_BTD.ndim - ins, x_BTD.ndim)
@@ -39,9 +41,8 @@ def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "
     return jnp.moveaxis(y, range(outs), range(-outs, 0))
 
 
-def _many_tokens(x_BTD: Array, w: Array, ins: int, dtype: Any, layout: PartitionSpec | None) -> Array:
-    if mesh.axis_size(mesh.CONTEXT) > 1:  # tokens that lie on several devices in both dimensions are not one
-        return jnp.tensordot(x_BTD, w, axes=ins, preferred_element_type=dtype, out_sharding=layout)
+def _with_tokens_in_one(x_BTD: Array, w: Array, ins: int, dtype: Any, layout: PartitionSpec | None) -> Array:
+    """The product of [X, D], laid out as the dimensions that X is made of; `layout` is the result's where it needs one."""
     tokens = x_BTD.ndim - ins
     x_XD = x_BTD.reshape(math.prod(x_BTD.shape[:tokens]), *w.shape[:ins])
     if layout is not None:
