@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from glm_jax.text.tokenizer import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a character decodes to while its last bytes are still to come
-POST_TRAINING = ("sft", "rl")  # stages whose model knows the dialogue template
 VISIBLE = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
 )  # fmt: skip
@@ -71,9 +70,9 @@ def main(args: Args) -> None:
     for name, text in (("--prompt", args.prompt), ("--system", args.system)):
         _check(name, text or "")
     folder = checkpoint.final_folder(args.checkpoint)
-    run, stage, data = checkpoint.load_run(folder)
-    knows_dialogue = bool(run.post.experts) and stage in POST_TRAINING
-    knows_dialogue |= stage == convert.STAGE and (data / TEMPLATE_FILE).is_file()
+    _, stage, data = checkpoint.load_run(folder)
+    published = stage == convert.STAGE and (data / TEMPLATE_FILE).is_file()
+    knows_dialogue = published or stage in checkpoint.POST_TRAINING
     plain = args.plain or not knows_dialogue
     if plain and (args.system is not None or not args.thinking):
         why = "--plain continues text" if knows_dialogue else f"{folder} is of {stage}, which knows no dialogue"

@@ -48,7 +48,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    from glm_jax.train import checkpoint
+    from glm_jax.train import checkpoint, loop
 
     folder = checkpoint.final_folder(args.checkpoint)
     run, stage, data = checkpoint.load_run(folder)
@@ -56,7 +56,13 @@ def main(args: Args) -> None:
         raise ConfigError(
             f"{folder} came without documents to measure it on; convert it again with --documents, a folder of experiments.data"
         )
-    figures = _tasks(args, folder) if _post_trained(run) else _texts(args, folder)
+    post_trained = stage in checkpoint.POST_TRAINING
+    if post_trained and not run.post.experts:
+        raise ConfigError(
+            f"{folder} was fine-tuned in a run without experts, whose tasks would be asked; what it made of dialogues held out "
+            f"of its training stands in {folder / loop.RESULT_FILE}, and experiments.chat talks to it"
+        )
+    figures = _tasks(args, folder) if post_trained else _texts(args, folder)
     if args.out:
         checkpoint.write_json(args.out, figures)
 
@@ -226,18 +232,9 @@ def _measure(folder: Path, domain: str, level: int, thinking: bool, evaluation: 
 @functools.lru_cache(maxsize=1)
 def _policy(folder: Path, *, fingerprint: str, step: int) -> "Policy":
     """The model of a stage's folder, kept for as long as it is the same: its scores are asked for one after the other."""
-    from glm_jax.data.prepare import load_tokenizer
-    from glm_jax.rl.rollout import Policy
-    from glm_jax.sample.weights import prepare
-    from glm_jax.train import checkpoint
+    from glm_jax.rl.rollout import load_policy
 
-    run, params, router_bias_LE, data = checkpoint.load_params(folder)
-    return Policy(run.model, prepare(run.model, params), router_bias_LE, load_tokenizer(data, run.model.V))
-
-
-def _post_trained(run: Run) -> bool:
-    """Whether a stage's run is one of SFT or RL: those have no pre-training in it, and the experts' settings."""
-    return bool(run.post.experts) and not run.pretrain
+    return load_policy(folder)
 
 
 if __name__ == "__main__":

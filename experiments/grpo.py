@@ -45,9 +45,11 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     from glm_jax.train import checkpoint
 
     folder = cli.given(args.from_, "a run that has been fine-tuned")
-    beside = folder / args.domain / "sft"
-    start = beside if beside.exists() else checkpoint.stage_folder(folder)
     settings = sft.expert(run, args.domain).grpo
+    start = folder if (folder / checkpoint.RUN_FILE).exists() else folder / args.domain / "sft"
+    if not checkpoint.committed(start):
+        first = f"run experiments.sft --from {folder} --domain {args.domain} first, or give a stage's folder"
+        raise ConfigError(f"{start} holds no checkpoint for RL to begin with; {first}")
     return train(
         run, settings, [(args.domain, level) for level in settings.levels], args.out or start.parent / "rl", start
     )
@@ -69,6 +71,8 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     before, name, data = checkpoint.load_run(start)
     run = as_stage(run, settings, before.stage(name).rope_theta)
     loop.check_layout(run, *run.stages)
+    if checkpoint.committed(out):
+        loop.check_shape(run, out)
     with checkpoint.sole_writer(out), jax.set_mesh(mesh.make(run.mesh)):
         checkpoint.save_run(out, run, "rl", data, after=start)
         learner = Learner(run, settings, sources, out, data, start)

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from glm_jax.config import SFT, ConfigError, Expert, Run, Stage, nearest
 
 if TYPE_CHECKING:
     from glm_jax.data.dialogues import Dialogue
+    from glm_jax.text.tokenizer import Tokenizer
 
 
 NO_EXPERTS = "it has none: give a recipe post.experts, as experiments/recipes/tiny.py does"
@@ -46,6 +48,7 @@ class Args:
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Fine-tune; returns the stage's result."""
     from experiments import pretrain
+    from glm_jax.data.prepare import load_tokenizer
     from glm_jax.train import checkpoint
 
     folder = cli.given(args.from_, "a trained run")
@@ -55,7 +58,7 @@ def main(args: Args, run: Run) -> dict[str, Any]:
         one = expert(run, args.domain)
         return train(run, one.sft, *oracle_dialogues(one), out, start)
     settings = expert(run, args.domain).sft if run.post.experts else run.post.unify.sft
-    everything = read(args.dialogues)
+    everything = read(args.dialogues, load_tokenizer(checkpoint.load_run(start)[2], run.model.V))
     held_out = max(1, min(settings.held_out, len(everything) // 10))
     return train(run, settings, everything[held_out:], everything[:held_out], out, start)
 
@@ -85,8 +88,8 @@ def oracle_dialogues(one: Expert) -> tuple[list["Dialogue"], list["Dialogue"]]:
         tasks = itertools.islice((task for turn in zip(*streams, strict=True) for task in turn), count)
         written = []
         for number, task in enumerate(tasks):
-            thinking = share(number, one.sft.thinking_share)
-            teach = environment.slip if share(task.seed, one.sft.slips) else environment.solve
+            thinking = share(one.sft.thinking_share, number)
+            teach = environment.slip if share(one.sft.slips, task.seed) else environment.solve
             messages = (*task.messages, *teach(task, thinking))
             written.append(Dialogue(messages, task.tools, thinking))
         return written
@@ -109,17 +112,28 @@ def train(
     from glm_jax.data import dialogues
     from glm_jax.data.prepare import load_tokenizer
     from glm_jax.evals.dialogues import evaluator
+    from glm_jax.hf.write import COMPANIONS
     from glm_jax.train import checkpoint, loop, processes
 
     before, name, data = checkpoint.load_run(start)
     tokenizer = load_tokenizer(data, run.model.V)
     rows = out / "data"
-    facts = processes.in_turn(lambda: dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len))
+
+    def make_rows() -> dict[str, Any]:
+        facts = dialogues.prepare(rows, training, tokenizer, "sft", settings.seq_len)
+        for companion in map(data.joinpath, COMPANIONS):  # of a published model: they go with it when it is exported
+            if companion.is_file() and not (rows / companion.name).exists():
+                shutil.copyfile(companion, rows / companion.name)
+        return facts
+
+    facts = processes.in_turn(make_rows)
     run, stage = as_stage(run, settings, facts["rows"], before.stage(name).rope_theta)
     look = evaluator(validation, tokenizer, run, stage) if validation else None
     result = loop.train_stage(run, stage, out, rows, weights=start, evaluate=look, measure="loss")
     losses = [result[when].get("dialogues", math.nan) for when in ("start", "end")]
     told = f"{facts['dialogues']:,} dialogues, {result['tokens']:,} tokens"
+    left_out = {"longer than a row": facts["longer_than_a_row"], "with nothing to train": facts["nothing_to_train"]}
+    told += "".join(f", {count:,} {why} left out" for why, count in left_out.items() if count)
     print(f"{out}: {told}; held-out loss {losses[0]:.3f} -> {losses[1]:.3f}", flush=True)
     return result
 
@@ -139,29 +153,42 @@ def as_stage(run: Run, settings: SFT, rows: int, rope_theta: float) -> tuple[Run
         bias_rate=0.0, bias_freeze_tokens=0,
     )  # fmt: skip
     every = max(1, batches // (settings.evals + 1))
-    loop = dataclasses.replace(run.loop, checkpoint_every=10**9, eval_every=every)
+    loop = dataclasses.replace(run.loop, eval_every=every)
     run = dataclasses.replace(run, pretrain=(), midtrain=(stage,), schedule=schedule, optim=settings.optim, loop=loop)
     return run, stage
 
 
-def read(path: Path) -> list["Dialogue"]:
-    """Dialogues of a file of JSON lines; an error names the line."""
-    from glm_jax.data.dialogues import Dialogue
-
+def read(path: Path, tokenizer: "Tokenizer") -> list["Dialogue"]:
+    """Dialogues of a file of JSON lines; an error names the line. Empty lines are passed over."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            messages, tools = record["messages"], record.get("tools")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f'{path}, line {number}: {error!r}; a line is {{"messages": [...], "tools": [...]}}'
-            ) from error
-        thinking = bool(record.get("enable_thinking", True))
-        found.append(Dialogue(tuple(messages), None if tools is None else tuple(tools), thinking))
+    for number, line in enumerate(
+        path.read_text(encoding="utf-8").split("\n"), start=1
+    ):  # JSON's strings may hold others
+        if line.strip():
+            try:
+                found.append(_dialogue(json.loads(line), tokenizer))
+            except (ValueError, ConfigError) as error:
+                raise ConfigError(f"{path}, line {number}: {error}") from error
     if len(found) < 2:
         raise ConfigError(f"{path} has {len(found)} dialogues; give at least two, one is held out")
     return found
+
+
+def _dialogue(record: Any, tokenizer: "Tokenizer") -> "Dialogue":
+    """The dialogue that a line of the file tells; ConfigError where it is none, or none that the template can render."""
+    from glm_jax.data.dialogues import Dialogue
+
+    messages, tools, thinking = (
+        (record.get(name) for name in ("messages", "tools", "enable_thinking"))
+        if isinstance(record, dict)
+        else [None] * 3
+    )
+    if not isinstance(messages, list) or not isinstance(tools, list | None) or not isinstance(thinking, bool | None):
+        form = '{"messages": [...], "tools": [...]?, "enable_thinking": true|false?}'
+        raise ConfigError(f"{json.dumps(record, ensure_ascii=False)[:80]} is no dialogue; a line is {form}")
+    dialogue = Dialogue(tuple(messages), None if tools is None else tuple(tools), thinking is not False)
+    rendered = dialogue.tokens(tokenizer)
+    return dataclasses.replace(dialogue, ids=tuple(rendered.ids), trained=tuple(rendered.trained))
 
 
 if __name__ == "__main__":

@@ -65,10 +65,11 @@ def ask(run: Run, one: Expert, folder: Path) -> None:
     from glm_jax.train import checkpoint
 
     unify, last = run.post.unify, last_rl(folder / one.domain)
+    expert = _fingerprint(last)
     prompts = max(1, round(unify.prompts * one.unify_share))
     found = answers(run, one, last, unify.grpo.levels, prompts)
     dialogues = [dialogue.whole() for dialogue in told(found, one.direct_share)]
-    described = {"from": last.name, "expert": _fingerprint(last), **found.record()}
+    described = {"from": last.name, "expert": expert, **found.record()}
     checkpoint.write_json(folder / answers_file(one), {**described, "dialogues": dialogues})
 
 
@@ -76,7 +77,12 @@ def _fingerprint(expert: Path) -> str:
     """Of the training that made an expert: another expert's answers are not taught in its place."""
     from glm_jax.train import loop
 
-    return hashlib.sha256((expert / loop.RESULT_FILE).read_bytes()).hexdigest()[:12]
+    result = expert / loop.RESULT_FILE
+    if not result.exists():
+        raise ConfigError(
+            f"{expert} has no {loop.RESULT_FILE}: its RL has not ended; run experiments.grpo, which continues it"
+        )
+    return hashlib.sha256(result.read_bytes()).hexdigest()[:12]
 
 
 def fine_tune(run: Run, folder: Path) -> dict[str, Any]:

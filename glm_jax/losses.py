@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from glm_jax import mesh
 from glm_jax.parallel import collectives
@@ -54,23 +54,29 @@ def policy_gradient(
         return -weights_X * jnp.minimum(ratio_X * advantages_X, clipped_X * advantages_X)
 
     of_token = targets_BT, weights_BT, advantages_BT, old_log_prob_BT
-    return _over_shards(token_loss, hidden_BTD / policy.temperature, head_DV, implementation, *of_token)
+    return _over_shards(token_loss, hidden_BTD, head_DV, implementation, *of_token, temperature=policy.temperature)
 
 
 def _over_shards(
-    token_loss: Callable[..., Array], hidden_BTD: Array, head_DV: Array, implementation: str | None, *of_token: Array
+    token_loss: Callable[..., Array],
+    hidden_BTD: Array,
+    head_DV: Array,
+    implementation: str | None,
+    *of_token: Array,
+    temperature: float = 1.0,
 ) -> tuple[Array, Array]:
     """Its sum over all devices, and every target's log-probability. Where the head is split by vocabulary, the devices
     that share it take their tokens together, each with its part of the vocabulary."""
 
     def local(hidden_BTD, head_DV, *of_token):
         x_XD = collectives.gathered(collectives.copied(hidden_BTD.reshape(-1, hidden_BTD.shape[-1])))
-        flat = (collectives.gathered(z.reshape(-1)) for z in of_token)
+        flat = [collectives.gathered(z.reshape(-1)) for z in of_token]
         value, per_token_X, _ = linear_softmax(
             token_loss,
             x_XD,
             collectives.vary(head_DV),
             *flat,
+            temperature_X=None if temperature == 1 else lax.full_like(flat[0], temperature, dtype=jnp.float32),
             vocabulary_axis=collectives.sharing() or None,
             implementation=implementation,
         )

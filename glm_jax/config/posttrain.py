@@ -153,8 +153,8 @@ class Evaluation:
     harder_level: int = 2
 
     def __post_init__(self):
-        for name in ("tasks", "answers"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.tasks >= 2, f"tasks={self.tasks} must be at least 2: one has no standard error")
+        require(self.answers >= 1, f"answers={self.answers} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative; 0 is greedy")
 
 

@@ -37,7 +37,9 @@ class Dialogue:
     messages: tuple[dict, ...]
     tools: tuple[dict, ...] | None = None
     enable_thinking: bool = True
-    ids: tuple[int, ...] | None = None  # of a sampled dialogue: its own tokens, never rendered again
+    ids: tuple[int, ...] | None = (
+        None  # its own tokens where they are known, as of a sampled dialogue: never rendered again
+    )
     trained: tuple[bool, ...] | None = None
 
     def tokens(self, tokenizer: Tokenizer) -> Rendered:
@@ -113,11 +115,12 @@ def pack(rendered: Sequence[Rendered], seq_len: int, tokenizer: Tokenizer) -> Pa
 def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stage: str, seq_len: int) -> dict[str, Any]:
     """Make the data folder of an SFT stage, or leave a finished one alone if it holds the same; returns its facts.
 
-    Dialogues longer than a row are dropped and counted: half an answer teaches to stop in the middle. ConfigError
-    where none is left, or where the folder holds other rows.
+    Dialogues longer than a row are dropped and counted, for half an answer teaches to stop in the middle; so are those in which
+    nobody says anything to train on. ConfigError where none is left, or where the folder holds other rows.
     """
     rendered = [dialogue.tokens(tokenizer) for dialogue in dialogues]
-    kept = [i for i, item in enumerate(rendered) if len(item.ids) <= seq_len and any(item.trained)]
+    short = [i for i, item in enumerate(rendered) if len(item.ids) <= seq_len]
+    kept = [i for i in short if any(rendered[i].trained)]
     if not kept:
         raise ConfigError(
             f"none of {len(dialogues)} dialogues fits a row of seq_len={seq_len} with something to train on; "
@@ -130,7 +133,8 @@ def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stag
         "key": hashlib.sha256(b"".join(z.tobytes() for z in hashed)).hexdigest()[:12],
         "vocab_size": tokenizer.vocab_size, "rows": len(packed.plan), "tokens": int(packed.plan.segments[:, 2].sum()),
         "trained_tokens": int(packed.trained.sum()), "dialogues": len(kept),
-        "dialogue_tokens": sum(len(rendered[i].ids) for i in kept), "longer_than_a_row": len(dialogues) - len(kept),
+        "dialogue_tokens": sum(len(rendered[i].ids) for i in kept), "longer_than_a_row": len(dialogues) - len(short),
+        "nothing_to_train": len(short) - len(kept),
     }  # fmt: skip
     manifest = out / "manifest.json"
     if manifest.is_file():

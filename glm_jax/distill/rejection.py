@@ -69,7 +69,7 @@ def filtered(groups: Sequence[Group], keep: int, min_tokens: int) -> Accepted:
 def dialogues(samples: Sequence[Sample], direct_share: float) -> Iterator[Dialogue]:
     """Accepted answers as dialogues: as they were sampled, or, for an even share, told again without reasoning."""
     for number, sample in enumerate(samples):
-        yield retold(sample) if share(number, direct_share) else as_sampled(sample)
+        yield retold(sample) if share(direct_share, number) else as_sampled(sample)
 
 
 def as_sampled(sample: Sample) -> Dialogue:

@@ -64,17 +64,17 @@ def collect(policy: Policy, problems: Problems, settings: GRPO, seed: int, group
     return found
 
 
-def share(number: int, part: float) -> bool:
-    """Whether item `number` belongs to the `part` of all that a hash chooses: no period that levels could share."""
-    return unit("share", number) < part
+def share(part: float, *keys: object) -> bool:
+    """Whether the item that `keys` name belongs to the `part` of all that a hash chooses: no period that levels could share."""
+    return unit("share", *keys) < part
 
 
 def sample_groups(
     policy: Policy, tasks: Sequence[Task], size: int, settings: GRPO, seed: int, *, first_uid: int = 0
 ) -> list[Group]:
-    """`size` answers to each task, drawn as `settings` says."""
+    """`size` answers to each task, drawn as `settings` says; a task is answered in another mode by another seed."""
     repeated = [task for task in tasks for _ in range(size)]
-    modes = [share(i, settings.thinking_share) for i in range(len(tasks)) for _ in range(size)]
+    modes = [share(settings.thinking_share, seed, task.env, task.level, task.seed) for task in repeated]
     how = Sampling(settings.temperature, max_new_tokens=settings.max_new_tokens, seed=seed)
     samples = sample_all(policy, repeated, how, settings.max_tokens, first_uid, thinking=modes)
     return [samples[i : i + size] for i in range(0, len(samples), size)]

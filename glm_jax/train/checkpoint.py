@@ -23,6 +23,7 @@ from glm_jax.train import integrity, state
 from glm_jax.train.state import State
 
 RUN_FILE = "run.json"
+POST_TRAINING = ("sft", "rl")  # stages whose model knows the dialogue template
 CHUNK_BYTES = 2**25  # of an array, at most, in one piece: whoever reads a part of a piece decodes it whole
 SUMS_FILE = "sums.json"
 CONTROL = "control"  # name of a stage folder that is only compared with: never the latest of a run
@@ -189,7 +190,8 @@ def load_run(folder: Path) -> tuple[Run, str, Path]:
 
 
 def stage_folder(path: Path) -> Path:
-    """The stage folder that `path` means: itself, or the latest stage with a checkpoint inside a run's folder."""
+    """The stage folder that `path` means: itself, or the latest stage with a checkpoint inside a run's folder. There those of
+    post-training come last: one fine-tuned beside the stages it began with does not become what they are begun with."""
     if (path / RUN_FILE).exists():
         return path
     folders = [child.parent for child in path.glob(f"*/{RUN_FILE}") if child.parent.name != CONTROL]
@@ -198,7 +200,12 @@ def stage_folder(path: Path) -> Path:
         raise ConfigError(
             f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"
         )
-    return max(stages, key=lambda folder: (read_json(folder / RUN_FILE).get("order", 0), committed(folder)[-1]))
+
+    def rank(folder: Path) -> tuple[bool, int, int]:
+        saved = read_json(folder / RUN_FILE)
+        return saved["stage"] not in POST_TRAINING, saved.get("order", 0), committed(folder)[-1]
+
+    return max(stages, key=rank)
 
 
 def final_folder(path: Path) -> Path:

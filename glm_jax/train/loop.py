@@ -42,7 +42,7 @@ def train_stage(
     where the loss is no number.
     """
     if checkpoint.committed(out):
-        _check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
+        check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
     if (out / RESULT_FILE).exists():
         return checkpoint.read_json(out / RESULT_FILE)
     device_mesh = mesh.make(run.mesh)
@@ -209,7 +209,7 @@ class _Trainer:
 
 def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, start: Path) -> state.State:
     """The last state of an earlier stage's folder, after checking that it is of the same shape."""
-    _check_shape(run, start)
+    check_shape(run, start)
     before = checkpoint.Checkpoints(start)
     try:
         step = before.latest()
@@ -222,12 +222,12 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
 
 def from_weights(run: Run, tx: optax.GradientTransformation, folder: Path) -> state.State:
     """A new beginning at step 0, with the parameters and router bias of a stage's folder."""
-    _check_shape(run, folder, _MODEL_FIELDS)
+    check_shape(run, folder, _MODEL_FIELDS)
     _, params, router_bias_LE, _ = checkpoint.load_params(folder)
     return state.State(jnp.zeros((), jnp.int32), params, router_bias_LE, jax.jit(tx.init)(params))  # pyright: ignore[reportArgumentType] (as in state.py)
 
 
-def _check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
+def check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
     """Refuse the checkpoints of a stage's folder whose arrays, by `fields` all of them, are not those of `run`."""
     saved, _, _ = checkpoint.load_run(folder)
     differ = {path: both for path, both in config.diff(run, saved).items() if path in (fields or _SHAPE_FIELDS)}

@@ -122,8 +122,16 @@ def test_a_published_model_learns_dialogues_of_ones_own_and_is_exported_again(ru
     small = {"seq_len": 64, "batch_rows": 1, "microbatch_rows": 1, "peak_lr": 0.1, "epochs": 10, "optim.name": "adamw"}
     options = [part for name, value in small.items() for part in (f"--post.unify.sft.{name}", str(value))]
     tune = ["--from", str(tmp_path / "run"), "--dialogues", str(tmp_path / "my.jsonl"), *options]
-    sft.main(*cli.parse(sft.main, tune))
-    convert.main(convert.Args(tmp_path / "run" / "reasoning" / "sft", tmp_path / "exported"))
+    (tmp_path / "run" / "published" / "hf" / "generation_config.json").write_text('{"temperature": 0.6}')
+    sft.main(*cli.parse(sft.main, [*tune, "--out", str(tmp_path / "run" / "mine")]))
+    capsys.readouterr()
+    talk(tmp_path / "run" / "mine", "--prompt", "Where is it?", "--no_thinking")
+    assert capsys.readouterr().out == "hm\n"
+    with pytest.raises(ConfigError, match=r"mine was fine-tuned in a run without experts, .* stands in .*result\.json"):
+        evaluate.main(evaluate.Args(tmp_path / "run" / "mine"))
+    assert checkpoint.stage_folder(tmp_path / "run").name == "published"  # not what was fine-tuned beside it
+    convert.main(convert.Args(tmp_path / "run" / "mine", tmp_path / "exported"))
+    assert json.loads((tmp_path / "exported" / "generation_config.json").read_text()) == {"temperature": 0.6}
     convert.main(convert.Args(tmp_path / "exported", tmp_path / "back"))
     capsys.readouterr()
     talk(tmp_path / "back", "--prompt", "Where is it?")

@@ -38,6 +38,16 @@ def test_the_surrogate_is_its_formula(temperature, away):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # float32
 
 
+def test_a_temperature_divides_the_logits_and_rounds_no_hidden_state_again():
+    """In bfloat16 the sampler's log-probabilities, which divide float32 logits, are the trainer's."""
+    hidden_BTD, head_DV = HIDDEN.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
+    of_token = TARGETS, WEIGHTS, ADVANTAGES, jnp.zeros((2, 6))
+    got_BT = losses.policy_gradient(hidden_BTD, head_DV, *of_token, losses.Policy(temperature=0.7))[1]
+    logits_BTV = jnp.matmul(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    want_BTV = jax.nn.log_softmax(logits_BTV / jnp.float32(0.7))
+    np.testing.assert_allclose(got_BT, jnp.take_along_axis(want_BTV, TARGETS[..., None], -1)[..., 0], atol=5e-6)
+
+
 def test_beyond_the_clip_a_token_has_no_gradient_unless_it_was_made_worse():
     """Positive advantage: held where the ratio has passed 1.28. Negative: where it has fallen below 0.8."""
     old_BT = log_probs(HIDDEN) - jnp.asarray([[0, 0.3, -0.3, 0, 0, 0], [0.3, -0.3, 0, 0, 0, 0]], jnp.float32)

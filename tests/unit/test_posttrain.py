@@ -1,11 +1,15 @@
 """Post-training as jobs: which, what they need, and in what order their parts stand."""
 
+import json
+
 import pytest
 
-from experiments import posttrain, recipes, sft, unify
+from experiments import grpo, posttrain, recipes, sft, unify
 from glm_jax import envs
 from glm_jax.config import ConfigError, Evaluation, Unify, replace
 from glm_jax.envs.reasoning import Reasoning
+from glm_jax.text.chat import render
+from glm_jax.text.tokenizer import train
 from glm_jax.train import checkpoint
 
 
@@ -54,6 +58,63 @@ def test_answers_of_another_expert_are_refused(tmp_path):
         ConfigError, match=r"answers/reasoning.json is of another expert than reasoning now is; delete it"
     ):
         unify.fine_tune(run, tmp_path)
+
+
+def test_nothing_is_asked_of_an_expert_whose_rl_has_not_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(unify, "answers", lambda *_: pytest.fail("sampled first"))
+    with pytest.raises(ConfigError, match=r"reasoning/rl has no result\.json: its RL has not ended"):
+        unify.ask(recipes.get("tiny"), recipes.get("tiny").post.experts[0], tmp_path)
+
+
+def test_rl_does_not_begin_with_a_model_that_has_not_been_fine_tuned(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"agent/sft holds no checkpoint .*; run experiments\.sft --from .* --domain agent"
+    ):
+        grpo.main(grpo.Args(tmp_path, "agent"), recipes.get("tiny"))
+
+
+def test_fine_tuning_is_checkpointed_as_often_as_its_run():
+    run = replace(recipes.get("tiny"), **{"loop.checkpoint_every": 7})
+    assert sft.as_stage(run, run.post.unify.sft, 100, 1e6)[0].loop.checkpoint_every == 7
+
+
+ASKED, SAID = {"role": "user", "content": "Where\u2028is it?"}, {"role": "assistant", "content": "Here."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train([render([ASKED, SAID])], 512)
+
+
+def test_dialogues_are_read_line_by_line_whatever_ends_a_line_within_them(tmp_path, tokenizer):
+    lines = [{"messages": [ASKED, SAID]}, {"messages": [ASKED, SAID], "enable_thinking": False}]
+    (tmp_path / "my.jsonl").write_text(
+        "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8"
+    )
+    found = sft.read(tmp_path / "my.jsonl", tokenizer)
+    assert [(dialogue.messages, dialogue.enable_thinking) for dialogue in found] == [
+        ((ASKED, SAID), True),
+        ((ASKED, SAID), False),
+    ]
+    assert found[1].ids and found[1].trained and found[1].ids != found[0].ids
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "is no dialogue; a line is"),
+        ('{"messages": null}', "is no dialogue; a line is"),
+        ('{"messages": [], "tools": 5}', "is no dialogue; a line is"),
+        ('{"messages": [], "enable_thinking": "false"}', "is no dialogue; a line is"),
+        ('{"messages": [{"role": "human", "content": "x"}]}', "role='human'"),
+        ('{"messages": [7]}', r"messages\[0\]"),
+    ],
+)
+def test_a_line_that_is_no_dialogue_is_named(tmp_path, tokenizer, line, told):
+    (tmp_path / "my.jsonl").write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"my\.jsonl, line 2: .*{told}"):
+        sft.read(tmp_path / "my.jsonl", tokenizer)
 
 
 def test_a_second_round_stands_between_an_expert_and_unification(tmp_path):

@@ -27,6 +27,7 @@ from glm_jax.envs import split
 from glm_jax.envs.agent import TOOLS, Agent
 from glm_jax.envs.task import Episode, Task, Turn, ended
 from glm_jax.optim import optimizer
+from glm_jax.rl import collect as collecting
 from glm_jax.rl import rollout as rollouts
 from glm_jax.rl.advantages import advantages, varies
 from glm_jax.rl.batch import microbatches
@@ -505,6 +506,21 @@ def test_groups_without_variance_are_replaced_by_further_rounds(policy):
     assert json.loads(json.dumps(told)) == told
 
 
+def test_the_share_of_thinking_is_the_same_at_every_level_and_in_every_round(policy, monkeypatch):
+    modes = []
+
+    def answered(policy, tasks, *_, thinking):
+        modes.extend(zip([task.level for task in tasks], thinking, strict=True))
+        return [None] * len(tasks)
+
+    monkeypatch.setattr(collecting, "sample_all", answered)
+    problems = Problems([("agent", 1), ("agent", 2)])
+    for round_ in range(32):
+        sample_groups(policy, problems.take(8), 2, dataclasses.replace(SETTINGS, thinking_share=0.5), seed=round_ // 2)
+    shares = [np.mean([thinks for level, thinks in modes if level == wanted]) for wanted in (1, 2)]
+    np.testing.assert_allclose(shares, 0.5, atol=0.15)  # of 128 tasks each: 3 standard errors
+
+
 def test_rounds_are_bounded_where_nothing_varies(policy):
     problems = Problems([("hopeless", 1)], most_unsolved=10)
     found = collect(policy, problems, dataclasses.replace(SETTINGS, rounds=2), seed=0)
@@ -642,6 +658,15 @@ def test_a_run_of_rl_that_is_interrupted_ends_in_the_same_bits(start, monkeypatc
     told = [{k: v for k, v in r.items() if k != "seconds"} for r in metrics.read(whole / "log.jsonl", "step")]
     assert [{k: v for k, v in record.items() if k != "seconds"} for record in steps] == told
     assert result["mismatch"]["mismatch_max"] <= 5e-5  # rl.md section 4: float32, the same forward
+
+
+def test_a_mistyped_command_changes_nothing_that_is_there(start):
+    run, settings, folder = start
+    before = (folder / "run.json").read_bytes()
+    wider = replace(run, **{"model.D": 2 * run.model.D})
+    with pytest.raises(ConfigError, match=r"is of another shape: model\.D"):
+        grpo.train(wider, settings, [("lottery", 1)], folder, folder.parent / "sft")
+    assert (folder / "run.json").read_bytes() == before
 
 
 @pytest.mark.slow
