@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-fast lint format clean
+.PHONY: help install quickstart smoke test test-fast lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed  ## .venv alone, for the scripts: .venv/bin/python -m experiments.pretrain --help
 
 quickstart: $(VENV)/installed  ## raw documents -> one hybrid miniature -> runs/quickstart/report.html, in 25 minutes
 	$(BIN)/python -m experiments.quickstart --out runs/quickstart

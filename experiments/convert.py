@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     from glm_jax.hf import config as published
 
     if not args.src.is_dir():
-        raise ConfigError(f"--src {args.src} is no folder")
+        raise ConfigError(f"--src {args.src} is no folder; give that of a run, or of a model in Hugging Face's form")
     if (args.src / published.FILE).is_file() or any(args.src.glob("*.safetensors")):
         to_run(args.src, args.dst, args.dtype, args.documents)
     else:

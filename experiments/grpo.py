@@ -116,23 +116,27 @@ class Learner:
 
     def train(self) -> dict[str, Any]:
         from glm_jax.rl.collect import collect
-        from glm_jax.train import checkpoint, loop, metrics
+        from glm_jax.train import checkpoint, interrupt, loop, metrics
 
         settings, begun = self.settings, time.monotonic() - self.seconds
         hard_from = settings.steps - math.floor(settings.steps * settings.hard_share)
-        while self.step < settings.steps:
-            seed = hash_seed(self.run.loop.seed, self.step)
-            policy = self.policy()
-            if self.step == hard_from:
-                self.begin_hard_stage(policy, seed)
-            size = settings.hard_attempts if self.problems.pool else settings.group_size
-            found = collect(policy, self.problems, settings, seed, size)
-            told = self.learn(found)
-            self.step += 1
-            self.seconds = time.monotonic() - begun
-            self.log.step({"step": self.step, **found.told(), **told, "seconds": round(self.seconds, 3)}, self.step)
-            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
-                self.save()
+        with interrupt.asked() as asked:
+            while self.step < settings.steps:
+                seed = hash_seed(self.run.loop.seed, self.step)
+                policy = self.policy()
+                if self.step == hard_from:
+                    self.begin_hard_stage(policy, seed)
+                size = settings.hard_attempts if self.problems.pool else settings.group_size
+                found = collect(policy, self.problems, settings, seed, size)
+                told = self.learn(found)
+                self.step += 1
+                self.seconds = time.monotonic() - begun
+                self.log.step({"step": self.step, **found.told(), **told, "seconds": round(self.seconds, 3)}, self.step)
+                stop = asked()
+                if stop or self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
+                    self.save()
+                if stop:
+                    raise KeyboardInterrupt
         self.checkpoints.wait()
         steps = metrics.read(self.out / "log.jsonl", "step")
         tail = steps[-max(1, len(steps) // 10) :]

@@ -31,7 +31,7 @@ def main(args: Args, run: Run) -> list[dict[str, Any]]:
     start = pretrain.run_folder(args.from_) if args.from_ else args.out
     results = []
     for stage in run.midtrain:
-        results.append(pretrain.train(run, stage, args.out, start, args.data_folder))
+        results.append(pretrain.train(run, stage, args.out, start, pretrain.given_rows(args.data_folder)))
         start = args.out or start
     return results
 

@@ -5,7 +5,8 @@
 
 A run's folder holds `data` (made once, by experiments.data's code) and a folder per stage: settings, checkpoints,
 log.jsonl, TensorBoard events. The same command continues what was interrupted and ends in the same bits.
-After stage 2: `python -m experiments.midtrain --from runs/a`; to look: `python -m experiments.chat --checkpoint runs/a`.
+`python -m experiments.report --run runs/a` draws what there is so far; `python -m experiments.chat --checkpoint runs/a` asks it.
+After stage 2: `python -m experiments.midtrain --from runs/a`.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Args:
     from_: cli.From = None
     """The run's folder, or a stage's, to start from. Its settings are taken over; overrides apply on top."""
     data_folder: Path | None = None
-    """Rows made by experiments.data; by default `data` in the run's folder, made now if it is not there."""
+    """Rows made by experiments.data, for stages of as many tokens; by default `data` in the run's folder, made now if missing."""
 
 
 def main(args: Args, run: Run) -> dict[str, Any]:
@@ -36,7 +37,16 @@ def main(args: Args, run: Run) -> dict[str, Any]:
         raise ConfigError(
             f"recipe {run.name!r} has {len(run.pretrain)} pre-training stages; --stage {args.stage} is none of them"
         )
-    return train(run, run.pretrain[args.stage - 1], args.out, args.from_, args.data_folder)
+    return train(run, run.pretrain[args.stage - 1], args.out, args.from_, given_rows(args.data_folder))
+
+
+def given_rows(folder: Path | None) -> Path | None:
+    """What --data_folder names, which is not made: a mistyped one would be filled with other documents."""
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"--data_folder {folder} does not exist; make it by experiments.data, or leave the option out"
+        )
+    return folder
 
 
 def train(run: Run, stage: Stage, out: Path | None, start: Path | None, data: Path | None) -> dict[str, Any]:

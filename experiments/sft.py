@@ -57,6 +57,8 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     if not args.dialogues:
         one = expert(run, args.domain)
         return train(run, one.sft, *oracle_dialogues(one), out, start)
+    if not args.dialogues.is_file():
+        raise ConfigError(f"--dialogues {args.dialogues} is no file; give one of JSON lines, as --help describes them")
     settings = expert(run, args.domain).sft if run.post.experts else run.post.unify.sft
     everything = read(args.dialogues, load_tokenizer(checkpoint.load_run(start)[2], run.model.V))
     held_out = max(1, min(settings.held_out, len(everything) // 10))

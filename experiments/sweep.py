@@ -45,6 +45,8 @@ def main(args: Args) -> None:
     sweep = sweeps.get(args.sweep)
     if args.metric not in METRICS:
         raise ConfigError(f"unknown metric {args.metric!r}; {nearest(args.metric, list(METRICS))}")
+    if args.most < 0:
+        raise ConfigError(f"--most {args.most} must be at least 0, which makes all")
     runs = list(sweep.runs())
     left = sum(not (args.results / f"{fingerprint(run)}.json").exists() for _, run in runs)
     print(f"{args.sweep}: {len(runs) - left} of {len(runs)} runs are done", flush=True)

@@ -27,6 +27,13 @@ class Sweep:
                     f'grids={self.grids!r} must be a tuple of dictionaries of tuples: ({{"optim.momentum": (0.9, 0.95)}},)'
                 )
 
+        seeds, stages = self.seeds, self.stages
+        if not isinstance(seeds, tuple) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+            raise ConfigError(f"seeds={seeds!r} must be a tuple of integers: (0, 1, 2)")
+        names = tuple(stage.name for stage in recipes.get(self.baseline).stages)
+        if not stages or stages != names[: len(stages)]:
+            raise ConfigError(f"stages={stages!r} must be the first of {self.baseline}'s, in order: {names}")
+
     def runs(self) -> Iterator[tuple[dict[str, Any], Run]]:
         """(what this run changes in the baseline, the run) for every point and seed."""
         baseline = replace(recipes.get(self.baseline), **self.common)
@@ -42,4 +49,7 @@ def get(name: str) -> Sweep:
     """The sweep in experiments/sweeps/<name>.py; a ConfigError offers the nearest name."""
     if name not in known():
         raise ConfigError(f"unknown sweep {name!r}; {nearest(name, known())}")
-    return import_module(f"experiments.sweeps.{name}").SWEEP
+    sweep = getattr(import_module(f"experiments.sweeps.{name}"), "SWEEP", None)
+    if not isinstance(sweep, Sweep):
+        raise ConfigError(f"experiments/sweeps/{name}.py has no SWEEP; name it so: SWEEP = Sweep(...)")
+    return sweep

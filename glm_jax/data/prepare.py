@@ -187,7 +187,8 @@ def _settle(run: Run, out: Path) -> dict[str, Any]:
     if changed:
         listed = "\n  ".join(f"{key}: {theirs.get(key)} there, {ours.get(key)} now" for key in changed)
         raise DataError(
-            f"{out} was made with other settings or inputs; use another --out or delete it. Differences:\n  {listed}"
+            f"{out} was made with other settings or inputs; name another folder, or delete it if no run reads it. "
+            f"Differences:\n  {listed}"
         )
     return config
 

@@ -184,7 +184,9 @@ def load_run(folder: Path) -> tuple[Run, str, Path]:
     """(run, stage name, data folder) of a stage's folder."""
     path = folder / RUN_FILE
     if not path.exists():
-        raise ConfigError(f"{folder} has no {RUN_FILE}; give a folder that experiments.pretrain or midtrain wrote")
+        raise ConfigError(
+            f"{folder} has no {RUN_FILE}: no stage has been trained there; run its command first, or name another folder"
+        )
     saved = read_json(path)
     return from_canonical(saved["run"]), saved["stage"], (folder / saved["data"]).resolve()
 
@@ -197,9 +199,8 @@ def stage_folder(path: Path) -> Path:
     folders = [child.parent for child in path.glob(f"*/{RUN_FILE}") if child.parent.name != CONTROL]
     stages = [folder for folder in folders if committed(folder)]
     if not stages:
-        raise ConfigError(
-            f"{path} holds no checkpoint; give the --out folder of experiments.pretrain, or one of its stages"
-        )
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {what}; give the --out folder of experiments.pretrain, or one of its stages")
 
     def rank(folder: Path) -> tuple[bool, int, int]:
         saved = read_json(folder / RUN_FILE)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from glm_jax.config import ConfigError, Run, Stage
 from glm_jax.data.input import Microbatches
 from glm_jax.optim import Step, optimizer, steps
 from glm_jax.parallel import pipeline
-from glm_jax.train import checkpoint, metrics, processes, state
+from glm_jax.train import checkpoint, interrupt, metrics, processes, state
 from glm_jax.train.step import Knobs, stacked, train_step
 
 Evaluate = Callable[[config.Model, model.GLM, jax.Array], dict[str, float]]
@@ -38,12 +39,13 @@ def train_stage(
 
     Continues `out`'s own last checkpoint if there is one; else the last of the stage folder `start`; else begins anew
     with the weights (and nothing else) of the stage folder `weights`; else from scratch. Killed at any moment and
-    called again, it ends in the same bits. `measure` names what `evaluate` returns. FloatingPointError
-    where the loss is no number.
+    called again, it ends in the same bits. `measure` names what `evaluate` returns. ConfigError where these settings cannot go
+    on from what is there, or it has ended with other ones; FloatingPointError where the loss is no number.
     """
     if checkpoint.committed(out):
-        check_shape(run, out)  # before run.json is written again: a mistyped command must not change what is there
+        check_shape(run, out)
     if (out / RESULT_FILE).exists():
+        _check(run, out, "has ended", lambda path: path.startswith(_DECIDES_WEIGHTS))
         return checkpoint.read_json(out / RESULT_FILE)
     device_mesh = mesh.make(run.mesh)
     cfg = config.replace(run.model, rope_theta=stage.rope_theta)
@@ -51,13 +53,13 @@ def train_stage(
     check_layout(run, stage)
     tx = optimizer(run.optim, specs)
     with checkpoint.sole_writer(out), jax.set_mesh(device_mesh):
-        if processes.writer():
-            checkpoint.save_run(out, run, stage.name, data, start or weights)
         share = mesh.process_share(device_mesh, stage.microbatch_rows)
         batches = Microbatches(data, stage, run.loop.seed, share, run.loop.read_workers)
         trainer = _Trainer(run, stage, cfg, tx, out, batches, measure)
         try:
             trainer.restore(start, weights)
+            if processes.writer():  # now that nothing is refused: a mistyped command must not change what is there
+                checkpoint.save_run(out, run, stage.name, data, start or weights)
             return trainer.train(evaluate)
         finally:
             trainer.close()
@@ -108,6 +110,14 @@ class _Trainer:
         else:
             self.state = state.create(self.cfg, self.tx, self.run.loop.seed)
         self.step = int(self.state.step)
+        if step is not None:
+            done, read = self.step - self.plan.first, self.batches.get_state()["microbatch"]
+            planned = self.plan[done].first_microbatch if done < len(self.plan) else self.plan.microbatches
+            if planned != read:
+                raise ConfigError(
+                    f"{self.out} has read {read} microbatches by step {self.step}, where these settings would have read {planned}: "
+                    "tokens or batch sizes have changed; give those that it was begun with, or another folder"
+                )
         expected = self.plan.first if step is None else step
         if self.step != expected:
             if step is None and start is not None and not (start / RESULT_FILE).exists():
@@ -122,9 +132,22 @@ class _Trainer:
         step, writes = -1 if resumed is None else self.step, processes.writer()
         self.log = metrics.Log(self.out, step, self.stage.tokens, self.stage.name, writes=writes)
         begun = time.monotonic() - self.seconds
+        about, before = describe(self.run, self.stage), metrics.read(self.log.path, "run")
+        if not before or any(before[-1][name] != about[name] for name in ("fingerprint", "commit", "devices", "jax")):
+            self.log.event("run", self.step, **about)
         if resumed is None:
-            self.log.event("run", self.step, **describe(self.run, self.stage))
             self._evaluate(evaluate, "start")
+        if writes:
+            print(
+                f"{self.out}: compiling the train step, which takes minutes the first time", file=sys.stderr, flush=True
+            )
+        with interrupt.asked() as asked:
+            self._steps(evaluate, begun, asked)
+        self._evaluate(evaluate, "end")
+        return self._finish(time.monotonic() - begun)
+
+    def _steps(self, evaluate: Evaluate | None, begun: float, asked: Callable[[], bool]) -> None:
+        """What is left of the plan; a Ctrl-C that `asked` tells of ends it behind a checkpoint."""
         pending = None
         for planned in self.plan.since(self.step):
             batch, knobs = self._batch(planned), _knobs(planned)
@@ -135,7 +158,8 @@ class _Trainer:
             pending = (planned, fetched)
             self.step = planned.index + 1
             self.seconds = time.monotonic() - begun
-            save = self.step % self.run.loop.checkpoint_every == 0 or self.step == self.last
+            stop = asked()
+            save = stop or self.step % self.run.loop.checkpoint_every == 0 or self.step == self.last
             look = self.run.loop.eval_every and self.step % self.run.loop.eval_every == 0 and self.step != self.last
             if save or look:
                 pending = self._report(pending)  # a state is saved only once its loss is known to be finite
@@ -143,8 +167,8 @@ class _Trainer:
                 self._evaluate(evaluate, "during")
             if save:
                 self._save()
-        self._evaluate(evaluate, "end")
-        return self._finish(time.monotonic() - begun)
+            if stop:
+                raise KeyboardInterrupt
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -173,7 +197,8 @@ class _Trainer:
         record |= {"seconds": round(self.seconds, 3)}
         record |= metrics.load_record(values["load_LE"])
         where = f"step {step} of {self.stage.name}"
-        metrics.check_finite(record, where, self.checkpoints.latest(), "schedule.peak_lr")
+        rate = "schedule.peak_lr" if self.run.pretrain else "the peak_lr of its sft settings"
+        metrics.check_finite(record, where, self.checkpoints.latest(), rate)
         assert self.log is not None
         self.log.step(record, record["tokens_seen"] - self.run.tokens_before(self.stage.name))
 
@@ -229,18 +254,21 @@ def from_weights(run: Run, tx: optax.GradientTransformation, folder: Path) -> st
 
 def check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
     """Refuse the checkpoints of a stage's folder whose arrays, by `fields` all of them, are not those of `run`."""
+    _check(run, folder, "is of another shape", lambda path: path in (fields or _SHAPE_FIELDS))
+
+
+def _check(run: Run, folder: Path, what: str, matters: Callable[[str], bool]) -> None:
     saved, _, _ = checkpoint.load_run(folder)
-    differ = {path: both for path, both in config.diff(run, saved).items() if path in (fields or _SHAPE_FIELDS)}
+    differ = {path: both for path, both in config.diff(run, saved).items() if matters(path)}
     if differ:
         told = ", ".join(f"{path} {theirs} there, {ours} here" for path, (theirs, ours) in differ.items())
-        raise ConfigError(
-            f"the checkpoint in {folder} is of another shape: {told}; give the same settings, or another folder"
-        )
+        raise ConfigError(f"the checkpoint in {folder} {what}: {told}; give the same settings, or another folder")
 
 
 _SHAPES = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
 _MODEL_FIELDS = tuple(f"model.{name}" for name in _SHAPES)
 _SHAPE_FIELDS = (*_MODEL_FIELDS, "optim.name", "optim.lm_head", "optim.router")
+_DECIDES_WEIGHTS = ("optim.", "schedule.", "loss.", "pretrain.", "midtrain.", "loop.seed")  # beside the shapes
 
 
 def _knobs(planned: Step) -> Knobs:
@@ -249,7 +277,7 @@ def _knobs(planned: Step) -> Knobs:
 
 
 def describe(run: Run, stage: Stage) -> dict[str, Any]:
-    """The first record of a log: what ran, from which commit, on what."""
+    """A record of the log, at its beginning and where it is gone on with otherwise: what runs, from which commit, on what."""
     return {
         "fingerprint": config.fingerprint(run),
         "recipe": run.name,

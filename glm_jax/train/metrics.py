@@ -110,10 +110,10 @@ def check_finite(record: dict[str, Any], where: str, last_good: int | None, rate
     """FloatingPointError where a step's loss or gradient norm is no number; `rate` names the setting to lower."""
     loss, norm = record["loss"], record["gradient_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"loss {loss} and gradient norm {norm} at {where}; "
-            f"the last good checkpoint is step {last_good}: lower {rate}, or resume from it"
-        )
+        way = f"lower {rate} and go on from the last good checkpoint, step {last_good}, by the same command"
+        if last_good is None:
+            way = f"there is no checkpoint yet: begin again with a lower {rate}"
+        raise FloatingPointError(f"loss {loss} and gradient norm {norm} at {where}; {way}")
 
 
 def load_record(load_LE: np.ndarray) -> dict[str, Any]:

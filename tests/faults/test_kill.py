@@ -28,6 +28,8 @@ SETTINGS = (
     "--model.M 16 --model.N 2 --model.K 1 --model.H 16 --model.V 512 --loop.checkpoint_every 4 --loop.eval_bytes 4000"
 ).split()
 
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
@@ -43,8 +45,12 @@ def test_a_killed_run_ends_in_the_same_bits(reference: Path, tmp_path: Path, num
     out = tmp_path / "run"
     if number != 1:  # all but the one killed while it prepares its data read the reference's
         shutil.copytree(reference / "data", out / "data")
-    _kill_when(out, _moment(out, number))
+    interrupted = number == 2  # by Ctrl-C, behind which there is a checkpoint
+    _kill_when(out, _moment(out, number), signal.SIGINT if interrupted else signal.SIGKILL)
     assert not (out / "stage1" / "result.json").exists(), "the run ended before it was killed"
+    if interrupted:
+        steps = metrics.read(out / "stage1" / "log.jsonl", "step")
+        assert checkpoint.committed(out / "stage1")[-1] == steps[-1]["step"]
     assert _start(out).wait() == 0
 
     _, ours, our_bias, _ = checkpoint.load_params(out)
@@ -52,6 +58,27 @@ def test_a_killed_run_ends_in_the_same_bits(reference: Path, tmp_path: Path, num
     jax.tree.map(np.testing.assert_array_equal, (ours, our_bias), (theirs, their_bias))
     steps = [record["step"] for record in metrics.read(out / "stage1" / "log.jsonl", "step")]
     assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_another_command_is_refused_and_changes_nothing_that_is_there(reference: Path, tmp_path: Path):
+    stage = tmp_path / "run" / "stage1"
+    shutil.copytree(reference, tmp_path / "run")
+    before = (stage / "run.json").read_bytes()
+    told = _refusal(tmp_path / "run", "--schedule.peak_lr", "0.5")
+    assert "has ended: schedule.peak_lr" in told and "another folder" in told
+    (stage / "result.json").unlink()
+    shutil.rmtree(stage / "checkpoints" / str(STEPS))
+    told = _refusal(tmp_path / "run", "--schedule.batch_tokens", "1024", "--schedule.batch_tokens_start", "1024")
+    assert "has read 28 microbatches by step 28, where these settings would have read 30" in told
+    assert (stage / "run.json").read_bytes() == before
+
+
+def _refusal(out: Path, *options: str) -> str:
+    """What a command that must not run says."""
+    done = subprocess.run(_command(out, *options), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
 
 
 def _moment(out: Path, number: int) -> Callable[[], bool]:
@@ -66,16 +93,19 @@ def _moment(out: Path, number: int) -> Callable[[], bool]:
     return lambda: log.exists() and log.read_text().count('"kind": "step"') >= after
 
 
+def _command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.pretrain", "--stage", "1", "--out", str(out), *SETTINGS, *options]
+
+
 def _start(out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.pretrain", "--stage", "1", "--out", str(out), *SETTINGS]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, **quiet)
+    return subprocess.Popen(_command(out), env=ENVIRONMENT, **quiet)
 
 
-def _kill_when(out: Path, now: Callable[[], bool]) -> None:
+def _kill_when(out: Path, now: Callable[[], bool], how: signal.Signals) -> None:
     run = _start(out)
     deadline = time.monotonic() + 900
     while not now() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
+    run.send_signal(how)
     run.wait()

@@ -27,6 +27,19 @@ def test_a_grid_of_another_form_is_refused():
             sweeps.Sweep("tiny", grids)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"seeds": 0}, "seeds=0 must be a tuple of integers"),
+        ({"stages": ("stage9",)}, "must be the first of tiny's, in order"),
+        ({"stages": ("stage2",)}, "must be the first of tiny's, in order"),
+    ],
+)
+def test_seeds_and_stages_are_checked_before_anything_runs(wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        sweeps.Sweep("tiny", ({"optim.momentum": (0.9, 0.95)},), **wrong)
+
+
 def test_an_unknown_sweep_offers_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'muon'"):
         sweeps.get("moun")
