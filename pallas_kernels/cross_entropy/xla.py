@@ -58,7 +58,7 @@ def _forward(
         dlogits_CV = jnp.where(used_C, dlogits_CV, 0).astype(x_CD.dtype)
         dx_CD = jnp.einsum("cv,dv->cd", dlogits_CV, w_DV)
         x_CD = jnp.where(used_C, x_CD, 0)
-        dw_DV = dw_DV + jnp.einsum("cd,cv->dv", x_CD, dlogits_CV, preferred_element_type=jnp.float32)
+        dw_DV = dw_DV + jnp.matmul(_turned(x_CD), dlogits_CV, preferred_element_type=jnp.float32)
         return (total + jnp.sum(loss_C), dw_DV), (log_prob_C, lse_C, dx_CD)
 
     start = _zero(x_XD), jnp.zeros_like(w_DV, jnp.float32) + _zero(x_XD)
@@ -78,6 +78,11 @@ def _backward(
 
 
 linear_softmax.defvjp(_forward, _backward)
+
+
+def _turned(x_CD: Array) -> Array:
+    """The transpose. On a CPU in memory: its product with the logits' gradient takes half as long then."""
+    return jax.lax.optimization_barrier(x_CD.T) if platform() == "cpu" else x_CD.T
 
 
 def _zero(x_XD: Array) -> Array:
