@@ -33,10 +33,12 @@ class SFT:
     def __post_init__(self):
         for name in ("dialogues", "held_out", "seq_len", "microbatch_rows", "batch_rows"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("evals", "mtp_weight"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is none")
+        require(0 <= self.final_lr <= self.peak_lr, f"final_lr={self.final_lr} must lie in 0..peak_lr={self.peak_lr}")
         require(self.epochs > 0, f"epochs={self.epochs} must be positive")
         for name in ("thinking_share", "slips"):
             require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in 0..1")
-        require(self.mtp_weight >= 0, f"mtp_weight={self.mtp_weight} must not be negative")
         require(0 <= self.warmup_share < 1, f"warmup_share={self.warmup_share} must lie in [0, 1)")
         require(
             self.batch_rows % self.microbatch_rows == 0,
@@ -78,6 +80,8 @@ class GRPO:
         check_choices(self)
         for name in ("steps", "groups", "rounds", "max_new_tokens", "microbatch_rows", "updates", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("peak_lr", "warmup_steps"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is none")
         require(self.group_size >= 2, f"group_size={self.group_size}: a baseline needs at least 2 answers")
         require(
             self.max_new_tokens < self.max_tokens <= self.seq_len,

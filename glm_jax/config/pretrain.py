@@ -49,18 +49,15 @@ class Model:
 
     def __post_init__(self):
         check_choices(self)
-        for letter in "VDLNKHFMEA":
-            require(getattr(self, letter) >= 1, f"{letter}={getattr(self, letter)} must be at least 1")
+        for name in (*"VDLNKHFMEA", "max_positions", "microbatches_per_stage", "pipeline_rounds"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("norm_eps", "rope_theta"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("shared_experts", "init_std"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         divides("K", self.K, "N", self.N)
         require(self.A <= self.E, f"A={self.A} active experts of E={self.E}; use at most {self.E}")
         require(0 <= self.dense_layers <= self.L, f"dense_layers={self.dense_layers} must lie in 0..L={self.L}")
-        require(
-            self.norm_eps > 0 and self.rope_theta > 0,
-            f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive",
-        )
-        require(self.shared_experts >= 0, f"shared_experts={self.shared_experts} must not be negative")
-        for name in ("microbatches_per_stage", "pipeline_rounds"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.mtp_layers in (0, 1), f"mtp_layers={self.mtp_layers}: GLM-4.5 has one; use 0 or 1")
         require(
             0 <= self.rotary + self.rotary % 2 <= self.H,
@@ -125,7 +122,11 @@ class Optim:
 
     def __post_init__(self):
         check_choices(self)
-        require(0 <= self.momentum < 1, f"momentum={self.momentum} must lie in [0, 1)")
+        for name in ("momentum", "adam_b1", "adam_b2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("update_rms", "weight_decay"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is none")
+        require(self.adam_eps > 0, f"adam_eps={self.adam_eps} must be positive: an unused row's mean and squares are 0")
         require(self.ns_steps >= 1, f"ns_steps={self.ns_steps} must be at least 1")
         require(self.ns_polish >= 0, f"ns_polish={self.ns_polish} must be at least 0; 0 is Muon as published")
         require(
@@ -163,6 +164,10 @@ class Schedule:
             0 < self.batch_tokens_start <= self.batch_tokens,
             f"batch_tokens_start={self.batch_tokens_start} must lie in 1..batch_tokens={self.batch_tokens}",
         )
+        for name in ("warmup_tokens", "batch_ramp_tokens", "mtp_weight_start", "mtp_weight", "bias_rate"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is none")
+        for name in ("mtp_switch_tokens", "bias_freeze_tokens"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is from the start")
         require(0 < self.wsd_decay_fraction <= 1, f"wsd_decay_fraction={self.wsd_decay_fraction} must lie in (0, 1]")
 
 
@@ -193,7 +198,8 @@ class Stage:
 
     def __post_init__(self):
         check_choices(self)
-        require(self.tokens > 0, f"stage {self.name}: tokens={self.tokens} must be positive")
+        for name in ("tokens", "rope_theta"):
+            require(getattr(self, name) > 0, f"stage {self.name}: {name}={getattr(self, name)} must be positive")
         require(self.seq_len >= 8, f"stage {self.name}: seq_len={self.seq_len} must be at least 8")
         require(
             self.microbatch_rows >= 1, f"stage {self.name}: microbatch_rows={self.microbatch_rows} must be at least 1"
