@@ -61,26 +61,44 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def replace(config: Any, **changes: Any) -> Any:
-    """A copy with dotted fields changed: `replace(run, **{"model.E": 32, "pretrain.0.tokens": 10**6})`."""
-    for path, value in changes.items():
-        config = _replace(config, path, path.split("."), value)
-    return config
+    """A copy with dotted fields changed: `replace(run, **{"model.E": 32, "pretrain.0.tokens": 10**6})`.
+
+    All of them together, in any order: each part of the configuration is rebuilt once, and only then checked.
+    """
+    return _replace(config, "", [(path.split("."), value) for path, value in changes.items()])
 
 
-def _replace(config: Any, path: str, keys: list[str], value: Any) -> Any:
-    key, rest = keys[0], keys[1:]
+def _replace(config: Any, above: str, changes: list[tuple[list[str], Any]]) -> Any:
+    """`config`, whose fields' paths begin with `above`, changed; a whole value is taken before what lies below it."""
     if isinstance(config, tuple):
-        require(key.isdigit() and int(key) < len(config), f"{path}: {key!r} is not an index below {len(config)}")
-        items = list(config)
-        items[int(key)] = _replace(items[int(key)], path, rest, value) if rest else value
-        return tuple(items)
+        parts = {str(i): item for i, item in enumerate(config)}
+    elif isinstance(config, dict):
+        parts = config
+    else:
+        require(dataclasses.is_dataclass(config), f"{above[:-1]}: nothing lies below {type(config).__name__}")
+        parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    new: dict[str, Any] = {}
+    below: dict[str, list[tuple[list[str], Any]]] = {}
+    for (key, *rest), value in changes:
+        if key not in parts:
+            raise ConfigError(f"{above}{key}: {_unknown(config, key, list(parts))}")
+        if rest:
+            below.setdefault(key, []).append((rest, value))
+        else:
+            new[key] = value
+    for key, deeper in below.items():
+        new[key] = _replace(new.get(key, parts[key]), f"{above}{key}.", deeper)
+    if isinstance(config, tuple):
+        return tuple((parts | new).values())
+    return parts | new if isinstance(config, dict) else dataclasses.replace(config, **new)
+
+
+def _unknown(config: Any, key: str, known: list[str]) -> str:
+    if isinstance(config, tuple):
+        return f"{key!r} is not an index below {len(config)}"
     if isinstance(config, dict):
-        return {**config, key: _replace(config[key], path, rest, value) if rest else value}
-    require(dataclasses.is_dataclass(config), f"{path}: nothing lies below {type(config).__name__}")
-    names = [f.name for f in dataclasses.fields(config)]
-    require(key in names, f"{path}: {type(config).__name__} has no field {key!r}; {nearest(key, names)}")
-    new = _replace(getattr(config, key), path, rest, value) if rest else value
-    return dataclasses.replace(config, **{key: new})
+        return f"there is no {key!r} to change; {nearest(key, known)}; to add one, give all of them"
+    return f"{type(config).__name__} has no field {key!r}; {nearest(key, known)}"
 
 
 def grid(baseline: Any, **axes: tuple) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -1,6 +1,7 @@
 """Configurations: changed by dotted path, compared, fingerprinted, written and read back; mistakes are explained."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -36,6 +37,17 @@ def test_replace_keeps_the_original(tiny):
     before = fingerprint(tiny)
     replace(tiny, **{"pretrain.0.mixture.code": 0.9, "model.D": 256})
     assert fingerprint(tiny) == before
+
+
+def test_replace_takes_changes_in_any_order(tiny):
+    changes = {"schedule.batch_tokens_start": 8192, "schedule.batch_tokens": 8192, "pretrain.0.microbatch_rows": 32}
+    for order in itertools.permutations(changes.items()):
+        assert flatten(replace(tiny, **dict(order))).items() >= changes.items()
+
+
+def test_a_whole_value_comes_before_its_parts(tiny):
+    whole, part = {"model": Model(L=5)}, {"model.E": 32}
+    assert replace(tiny, **whole, **part) == replace(tiny, **part, **whole) == replace(tiny, model=Model(L=5, E=32))
 
 
 def test_every_path_of_flatten_is_one_that_replace_takes(tiny):
@@ -142,7 +154,13 @@ def test_a_broken_rule_names_value_rule_and_way_out(tiny, changes, value_rule_wa
 
 @pytest.mark.parametrize(
     ("path", "offered"),
-    [("modle.E", "'model'"), ("model.rope_teta", "'rope_theta'"), ("pretrain.7.tokens", "index below 2")],
+    [
+        ("modle.E", "modle: Run has no field 'modle'; did you mean 'model'"),
+        ("model.rope_teta", r"model\.rope_teta: .*'rope_theta'"),
+        ("pretrain.7.tokens", "index below 2"),
+        ("pretrain.0.mixture.genral", r"no 'genral' to change; did you mean 'general'\? .*; to add one, give all"),
+        ("pretrain.0.mixture.genral.x", "did you mean 'general'"),
+    ],
 )
 def test_an_unknown_path_offers_the_nearest(tiny, path, offered):
     with pytest.raises(ConfigError, match=offered):
@@ -150,7 +168,7 @@ def test_an_unknown_path_offers_the_nearest(tiny, path, offered):
 
 
 def test_nothing_lies_below_a_number(tiny):
-    with pytest.raises(ConfigError, match="nothing lies below int"):
+    with pytest.raises(ConfigError, match=r"model\.E: nothing lies below int"):
         replace(tiny, **{"model.E.x": 1})
 
 
