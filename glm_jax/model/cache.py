@@ -24,6 +24,8 @@ class Shared:
 class Cache:
     """Keys and values of every decoder layer, filled from the left; each row has its own length.
 
+    Whoever calls keeps `length_B` and what is written next within `shared_tokens` and the capacity: lengths are known only
+    while the program runs, and what does not fit is dropped.
     Heads stand before slots, as the products of attention read them. The layers are one array, or a tuple of one each
     where the parameters are unstacked: a step then reads and writes them in place.
     `shared` stands before the slots of every row; `length_B` counts it too.
@@ -81,7 +83,11 @@ def place(cache: Cache, positions_BT: Array, segments_BT: Array) -> Cache:
     """Write where the next tokens stand; the layers' keys and values follow with `extend`.
 
     Real tokens (segment > 0) come first in each row; padding behind them is overwritten by the next call.
+    ValueError for more tokens than even an empty cache takes.
     """
+    new, capacity = positions_BT.shape[1], cache.segments_BS.shape[1]
+    if new > capacity:
+        raise ValueError(f"T={new} tokens do not fit a cache of capacity {capacity}; give empty_cache at least {new}")
 
     def write(old_BS: Array, length_B: Array, new_BT: Array) -> Array:
         return old_BS.at[_slots(length_B, new_BT)].set(new_BT, mode="drop")

@@ -180,6 +180,11 @@ def test_documents_of_a_row_do_not_see_each_other(weights):
     np.testing.assert_allclose(before_BTV[0, 5:12], alone_BTV[0], atol=1e-5)
 
 
+def test_more_tokens_than_a_cache_takes_are_refused(weights, ids_BT):
+    with pytest.raises(ValueError, match="T=12 tokens do not fit a cache of capacity 11; give empty_cache at least 12"):
+        model.forward(CFG, *weights, ids_BT[:, :12], cache=model.empty_cache(CFG, ROWS, 11))
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_decoding_over_the_cache_equals_the_whole_forward(weights, ids_BT, stacked):
     params, router_bias_LE = weights
