@@ -123,7 +123,7 @@ def _written(found: dict[str, Any], out: Path | None) -> dict[str, Any]:
 def mesh_of(args: Args, run: Run, slices: int = 1) -> Mesh:
     """--mesh as sizes; ConfigError for what is no axis or no number."""
     if not args.mesh:
-        return replace(run.mesh, data=max(run.mesh.data, slices))
+        return run.mesh if run.mesh.data == -1 else replace(run.mesh, data=max(run.mesh.data, slices))
     sizes: dict[str, int] = {}
     for part in args.mesh.split(","):
         axis, _, size = part.strip().partition("=")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax import mesh, model
-from glm_jax.config import ConfigError, Run, replace
+from glm_jax.config import ConfigError, Run, nearest, replace
 from glm_jax.config import Mesh as Sizes
 from glm_jax.parallel import ragged
 from glm_jax.parallel.expert import pieces
@@ -31,6 +31,7 @@ from glm_jax.spec import count
 
 __all__ = ["GIB", "Program", "Target", "Work", "check", "plan", "target"]
 
+STEPS = ("train", "grpo", "sample")
 LARGEST = 8  # arrays that are told
 WORKING = 0.1  # of a device's memory, for what layers compute with
 THRIFT: tuple[dict[str, str], ...] = (  # what makes a step need less memory, the cheapest first
@@ -58,6 +59,8 @@ def check(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, step:
 
 def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, step: str = "train") -> Work:
     """`check` without memory."""
+    if step not in STEPS:
+        raise ConfigError(f"step={step!r} is not among those that can be planned; {nearest(step, list(STEPS))}")
     sizes = mesh.fill(sizes, machine.count)
     if sizes.data % machine.slices:
         raise ConfigError(
@@ -78,7 +81,13 @@ def laid_out(run: Run, machine: Target, sizes: Sizes, rows: int, length: int, st
 
 
 def plan(work: Work, machine: Target, tell: Callable[[str], Any]) -> dict[str, Any]:
-    """Compile the step and read what it needs. Keys: see `experiments.plan`."""
+    """Compile the step and read what it needs.
+
+    Keys: what was planned ("recipe" to "params"); GiB of a device by what they are for (*_gib), "held_gib" at the peak, which
+    decides "fits"; "flops", and what arithmetic counts ("flops_analytic"); bytes received and the least ("collectives"); the
+    bounds ("roofline_s", "mfu_bound" with all of them overlapped); the "largest" arrays. Of "sample" its "programs" as well,
+    and "tokens_per_second_bound" of all devices.
+    """
     if work.step != "sample":
         return _program(work, machine, tell)
     programs = {name: _program(dataclasses.replace(work, step=name), machine, tell) for name in SAMPLING}

@@ -483,6 +483,8 @@ def test_a_mesh_as_text():
     assert script.mesh_of(script.Args(mesh="fsdp=8,expert=8,context=8"), GLM45) == Mesh(1, 8, 8, context=8)
     assert script.mesh_of(script.Args(mesh="expert=8"), GLM45, slices=2) == Mesh(data=2, fsdp=-1, expert=8)
     assert script.mesh_of(script.Args(), GLM45) == GLM45.mesh
+    rest = replace(GLM45, **{"mesh.data": -1, "mesh.fsdp": 8})  # --mesh.data -1: what is left, slices among it
+    assert script.mesh_of(script.Args(), rest, slices=2) == rest.mesh
     with pytest.raises(ConfigError, match=r"no axis 'exprt'; did you mean 'expert'"):
         script.mesh_of(script.Args(mesh="exprt=8"), GLM45)
     for wrong in ("fsdp=0", "fsdp=x", "fsdp=2,fsdp=4", "fsdp"):

@@ -128,6 +128,11 @@ def test_what_cannot_be_sampled_is_refused(sizes, rows, length, told):
     assert told in str(error.value)
 
 
+def test_an_unknown_step_offers_the_nearest():
+    with pytest.raises(ConfigError, match=r"step='smaple' is not .*; did you mean 'sample'\? known: train, grpo"):
+        plan.check(GLM45, POD, WIDE, 512, 8192, "smaple")
+
+
 def test_a_state_that_grpo_cannot_hold_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"plan cannot fit.*what overflows is state"):
         plan.check(GLM45, plan.target("v5p:2x4x4"), Mesh(fsdp=4, expert=8), 32, 4096, "grpo")
