@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import cli, jobs, recipes
 from experiments.jobs import Job, Part
-from glm_jax.config import ConfigError, Run, diff, fingerprint
+from glm_jax.config import ConfigError, Run, diff
 
 SAMPLE_TOKENS = 96
 PROMPT_CHARS = 160  # of a held-out document, up to the end of the line
@@ -107,9 +107,8 @@ def _check(out: Path, run: Run) -> None:
     for stage in run.stages:
         if not (out / stage.name / checkpoint.RUN_FILE).exists():
             continue
-        saved = checkpoint.load_run(out / stage.name)[0]
-        if fingerprint(saved) != fingerprint(run):
-            told = ", ".join(f"{path} {theirs} there, {ours} now" for path, (theirs, ours) in diff(run, saved).items())
+        if changed := diff(run, checkpoint.load_run(out / stage.name)[0]):
+            told = ", ".join(f"{path} {theirs} there, {ours} now" for path, (theirs, ours) in changed.items())
             raise ConfigError(
                 f"{out / stage.name} was made by another run: {told}; give another --out, or delete {out}"
             )

@@ -125,7 +125,9 @@ def canonical(config: Any) -> Any:
 
 
 def fingerprint(config: Any) -> str:
-    """Twelve hex digits of the canonical form's SHA-256: equal exactly where the configurations are."""
+    """Twelve hex digits of the canonical form's SHA-256, which is equal exactly where the configurations are, but for numbers: 1 and
+    1.0 are equal, and written otherwise. Recipes have both where a float is meant, and results are kept under their names: whether
+    two configurations are equal, `diff` says."""
     text = json.dumps(canonical(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

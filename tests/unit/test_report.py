@@ -264,6 +264,10 @@ def test_active_parameters_are_a_share_of_the_experts(run):
     assert total - active == experts * (run.model.E - run.model.A) // run.model.E
 
 
+def test_quickstart_goes_on_in_the_folder_of_an_equal_run(folder, run):
+    quickstart._check(folder, replace(run, **{"optim.clip_norm": 1}))
+
+
 def test_quickstart_refuses_the_folder_of_another_run(folder, run):
     other = replace(run, **{"schedule.peak_lr": 0.02})
     with pytest.raises(ConfigError, match=r"schedule.peak_lr 0.008 there, 0.02 now; give another --out"):
