@@ -3,9 +3,9 @@
 from glm_jax.optim.balance import balance
 from glm_jax.optim.build import muon, optimizer, owner
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
-from glm_jax.optim.schedule import Knobs, Step, Steps, knobs, steps
+from glm_jax.optim.schedule import Scheduled, Step, Steps, scheduled, steps
 
 __all__ = [
-    "Knobs", "Step", "Steps", "balance", "knobs", "muon", "newton_schulz", "optimizer", "owner", "scale_by_muon",
+    "Scheduled", "Step", "Steps", "balance", "muon", "newton_schulz", "optimizer", "owner", "scale_by_muon", "scheduled",
     "steps",
 ]  # fmt: skip

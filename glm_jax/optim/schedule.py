@@ -8,23 +8,23 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from glm_jax.config import Run, Schedule, Stage
 
 
 @dataclass(frozen=True)
-class Knobs:
-    """What the schedule turns: read at the number of tokens seen *before* a step."""
+class Scheduled:
+    """What the schedule says of a step, besides its size: read at the number of tokens seen *before* it."""
 
     lr: float
-    batch_tokens: int
     mtp_weight: float
     bias_rate: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its place in the run and in its stage's stream of microbatches, and its knobs."""
+    """One optimizer step: its place in the run and in its stage's stream of microbatches, and what is scheduled."""
 
     index: int  # over all stages, from 0
     tokens_before: int  # since the start of pre-training
@@ -36,12 +36,11 @@ class Step:
     bias_rate: float
 
 
-def knobs(run: Run, tokens: int) -> Knobs:
+def scheduled(run: Run, tokens: int) -> Scheduled:
     """The schedule after `tokens` tokens since the start of pre-training."""
-    s, stage = run.schedule, _stage_at(run, tokens)
-    return Knobs(
+    s = run.schedule
+    return Scheduled(
         lr=_lr(s, tokens, run.total_tokens),
-        batch_tokens=_microbatches(s, stage, tokens) * stage.microbatch_tokens,
         mtp_weight=s.mtp_weight_start if tokens < s.mtp_switch_tokens else s.mtp_weight,
         bias_rate=s.bias_rate if tokens < s.bias_freeze_tokens else 0.0,
     )
@@ -65,13 +64,21 @@ class Steps(Sequence[Step]):
         step, first, per_step = self._runs[-1]
         return step + -(-(self.microbatches - first) // per_step)
 
-    def __getitem__(self, i: int) -> Step:
+    @overload
+    def __getitem__(self, i: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Step]: ...
+
+    def __getitem__(self, i: int | slice) -> Step | list[Step]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]  # negative from the end; IndexError beyond it
         step, first, per_step = self._runs[bisect.bisect_right(self._runs, i, key=lambda r: r[0]) - 1]
         first += (i - step) * per_step
         count = min(per_step, self.microbatches - first)
         tokens_before = self.tokens_before + first * self.stage.microbatch_tokens
-        now = knobs(self.run, tokens_before)
+        now = scheduled(self.run, tokens_before)
         return Step(
             self.first + i, tokens_before, first, count, count * self.stage.microbatch_tokens,
             now.lr, now.mtp_weight, now.bias_rate,
@@ -125,12 +132,3 @@ def _constant_runs(s: Schedule, stage: Stage, before: int, microbatches: int) ->
         until = min(-(-need * s.batch_ramp_tokens // growth), s.batch_ramp_tokens)
         count = -(-(until - tokens) // (per_step * unit))
         step, first = step + count, first + count * per_step
-
-
-def _stage_at(run: Run, tokens: int) -> Stage:
-    end = 0
-    for stage in run.stages:
-        end += stage.tokens
-        if tokens < end:
-            return stage
-    return run.stages[-1]

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -168,26 +169,26 @@ def test_learning_rate_at_the_stage_boundaries_of_the_report():
     run = _glm45()
     assert run.total_tokens == 23_100_000_000_000
     # spec 4.4, to the digits it gives
-    assert f"{optim.knobs(run, 15 * TRILLION).lr:.2e}" == "8.66e-05"
-    assert f"{optim.knobs(run, 22 * TRILLION).lr:.2e}" == "2.63e-05"
-    assert optim.knobs(run, 0).lr == 0.0
-    assert optim.knobs(run, run.schedule.warmup_tokens // 2).lr == pytest.approx(1.25e-4)
-    assert optim.knobs(run, run.schedule.warmup_tokens).lr == pytest.approx(2.5e-4, rel=1e-4)
-    assert optim.knobs(run, run.total_tokens).lr == pytest.approx(2.5e-5)
+    assert f"{optim.scheduled(run, 15 * TRILLION).lr:.2e}" == "8.66e-05"
+    assert f"{optim.scheduled(run, 22 * TRILLION).lr:.2e}" == "2.63e-05"
+    assert optim.scheduled(run, 0).lr == 0.0
+    assert optim.scheduled(run, run.schedule.warmup_tokens // 2).lr == pytest.approx(1.25e-4)
+    assert optim.scheduled(run, run.schedule.warmup_tokens).lr == pytest.approx(2.5e-4, rel=1e-4)
+    assert optim.scheduled(run, run.total_tokens).lr == pytest.approx(2.5e-5)
 
 
 def test_wsd_is_flat_then_falls_in_a_line():
     run = replace(_glm45(), **{"schedule.kind": "wsd"})
     total = run.total_tokens
-    flat = [optim.knobs(run, t).lr for t in (run.schedule.warmup_tokens, TRILLION, total * 9 // 10)]
+    flat = [optim.scheduled(run, t).lr for t in (run.schedule.warmup_tokens, TRILLION, total * 9 // 10)]
     assert flat == pytest.approx([2.5e-4] * 3)
-    assert optim.knobs(run, total * 95 // 100).lr == pytest.approx((2.5e-4 + 2.5e-5) / 2)
-    assert optim.knobs(run, total).lr == pytest.approx(2.5e-5)
+    assert optim.scheduled(run, total * 95 // 100).lr == pytest.approx((2.5e-4 + 2.5e-5) / 2)
+    assert optim.scheduled(run, total).lr == pytest.approx(2.5e-5)
 
 
 def test_weights_switch_and_balancing_freezes_exactly_at_their_token():
     run, at = _glm45(), 15 * TRILLION
-    before, after = optim.knobs(run, at - 1), optim.knobs(run, at)
+    before, after = optim.scheduled(run, at - 1), optim.scheduled(run, at)
     assert (before.mtp_weight, before.bias_rate) == (0.3, 1e-3)
     assert (after.mtp_weight, after.bias_rate) == (0.1, 0.0)
     assert optim.steps(run, "stage1")[-1].mtp_weight == 0.3
@@ -195,14 +196,14 @@ def test_weights_switch_and_balancing_freezes_exactly_at_their_token():
 
 
 def test_batch_ramps_in_multiples_of_the_microbatch():
-    run = _glm45()
-    sizes = [optim.knobs(run, t).batch_tokens for t in range(0, 600 * 10**9, 10**9)]
+    ramp = optim.steps(_glm45(), "stage1")[:20_000:25]
+    sizes = [step.tokens for step in ramp]
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (2**24, 2**26)
-    for size, tokens in zip(sizes, range(0, 600 * 10**9, 10**9), strict=True):
-        line = 2**24 + (2**26 - 2**24) * min(tokens, 500 * 10**9) // (500 * 10**9)
-        assert size % 2**21 == 0
-        assert 0 <= line - size < 2**21
+    for step in ramp:
+        line = 2**24 + (2**26 - 2**24) * min(step.tokens_before, 500 * 10**9) // (500 * 10**9)
+        assert step.tokens % 2**21 == 0
+        assert 0 <= line - step.tokens < 2**21
 
 
 def test_glm45_takes_about_350_500_steps():
@@ -227,15 +228,18 @@ def test_the_plan_of_a_stage_is_the_schedule_walked_step_by_step(name):
     index = 0
     for stage in run.stages:
         plan, unit = optim.steps(run, stage), stage.microbatch_tokens
-        first, walked = 0, []
+        first, walked, s = 0, [], run.schedule
         while first < stage.tokens // unit:
-            now = optim.knobs(run, run.tokens_before(stage.name) + first * unit)
-            count = min(now.batch_tokens // unit, stage.tokens // unit - first)
             tokens_before = run.tokens_before(stage.name) + first * unit
+            now = optim.scheduled(run, tokens_before)
+            ramped = min(1, Fraction(tokens_before, s.batch_ramp_tokens)) if s.batch_ramp_tokens else 1
+            batch = s.batch_tokens_start + math.floor((s.batch_tokens - s.batch_tokens_start) * ramped)
+            count = min(batch // unit, stage.tokens // unit - first)
             step = optim.Step(index, tokens_before, first, count, count * unit, now.lr, now.mtp_weight, now.bias_rate)
             walked.append(step)
             first, index = first + count, index + 1
         assert list(plan) == walked
+        assert (plan[1:3], plan[::-2]) == (walked[1:3], walked[::-2])
         assert (len(plan), plan.first, plan[-1]) == (len(walked), walked[0].index, walked[-1])
         assert list(plan.since(walked[3].index)) == walked[3:]
         assert list(plan.since(index)) == []
