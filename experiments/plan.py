@@ -62,7 +62,7 @@ class Args:
     rows reads half of --seq tokens (prefill) and draws the other half (decode, one token after another)."""
     search: bool = False
     """Try every mesh of data, fsdp, context and expert axes that divides the topology, instead of --mesh: by arithmetic, and the best
-    with the compiler."""
+    with the compiler where it is installed."""
     best: int = 3
     """So many meshes that fit are compiled in a search."""
     out: Path | None = None
@@ -82,7 +82,7 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
             f"--batch {args.batch}, --seq {args.seq}, --best {args.best} and --slices {args.slices} must be at least 1"
         )
     from glm_jax.plan import arithmetic, check, plan
-    from glm_jax.plan.target import GIB, target
+    from glm_jax.plan.target import GIB, missing, target
 
     machine = target(args.topology, args.slices)
     sizes = mesh_of(args, run, machine.slices)
@@ -95,9 +95,13 @@ def main(args: Args, run: Run) -> dict[str, Any] | None:
     if args.search:
         from experiments.plan_search import search
 
-        _ready(args, machine)
-        plan_one = partial(_plan_one, args, run)
-        found = search(run, machine, (args.batch, args.seq), args.step, args.best, plan_one)
+        how = missing(machine)
+        if not how:
+            _ready(args, machine)
+        plan_one, best = partial(_plan_one, args, run), 0 if how else args.best
+        found = search(run, machine, (args.batch, args.seq), args.step, best, plan_one)
+        if how:
+            print(f"\nby arithmetic alone: the compiler of {args.topology} is not installed: {how}")
         return _written(found, args.out)
     work = check(run, machine, sizes, args.batch, args.seq, args.step)
     needed = ", ".join(f"{term} {size / GIB:.1f}" for term, size in arithmetic(work).memory(work).items())

@@ -11,6 +11,7 @@ from experiments import plan_search, recipes
 from glm_jax import mesh, plan
 from glm_jax.config import ConfigError, replace
 from glm_jax.plan.search import meshes, search, seconds, told
+from pallas_kernels import analysis
 
 GLM45 = recipes.get("glm45")
 
@@ -73,6 +74,15 @@ def test_the_compiler_has_the_last_word(capsys):
     assert "144 meshes of 512 devices fit by arithmetic, 56 do not, 20 cannot be laid out" in text
     assert "DOES NOT FIT" in text and "not compiled, by arithmetic:" in text
     assert json.loads(json.dumps(found))["devices"] == 512
+
+
+def test_without_a_compiler_a_search_ranks_by_arithmetic(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(analysis, "can_compile", lambda platform: False)
+    asked = script.Args("v5p:8x8x8", batch=512, seq=4096, search=True, out=tmp_path / "search.json")
+    script.main(asked, GLM45)
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert len(found["by_arithmetic"]) == 144 and not found["ranked"]
+    assert "by arithmetic alone: the compiler of v5p:8x8x8 is not installed: pip install" in capsys.readouterr().out
 
 
 def test_a_search_takes_no_mesh():
