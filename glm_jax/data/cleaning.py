@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from glm_jax.config import Data
 from glm_jax.data import dedup, quality, readers, scoring, semantic
 from glm_jax.data.dedup import Removal
@@ -45,7 +47,10 @@ def clean(
     measures = measured(everything, known, bands_rows[0] * bands_rows[1])
     first_of: dict[int, int] = {}
     if not data.keep_duplicates:
-        first_of = dedup.near(measures.grams, measures.signature, data.duplicate_jaccard, bands_rows[1])
+        left = (measures.repeats < 0).all(axis=1)
+        left[: len(held_out)] = True
+        among = np.flatnonzero(left).tolist()
+        first_of = dedup.near(measures.grams, measures.signature, data.duplicate_jaccard, bands_rows[1], among)
     kept = []
     for index in range(len(held_out), len(everything)):
         document, first = everything[index], first_of.get(index)

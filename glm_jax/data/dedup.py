@@ -126,10 +126,12 @@ def exact(documents: Iterable[Document]) -> tuple[list[Document], list[Removal]]
     return [kept[key] for key in sorted(kept)], removed
 
 
-def near(sets: Texts, signature: np.ndarray, threshold: float, rows: int) -> dict[int, int]:
+def near(
+    sets: Texts, signature: np.ndarray, threshold: float, rows: int, among: Iterable[int] | None = None
+) -> dict[int, int]:
     """Index -> smallest index of its cluster, for every set of 5-grams but the clusters' first. `rows` hashes of the
-    `signature` [sets, hashes] are a band."""
-    filled = [index for index in range(len(signature)) if len(sets[index])]
+    `signature` [sets, hashes] are a band. Only the sets `among` are compared, by default all."""
+    filled = [index for index in (range(len(signature)) if among is None else among) if len(sets[index])]
     parent = list(range(len(signature)))
 
     def root(index: int) -> int:

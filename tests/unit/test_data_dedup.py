@@ -140,6 +140,21 @@ def test_problems_of_named_benchmarks_are_found_inside_longer_texts(tmp_path):
     }
 
 
+@pytest.mark.parametrize("problem", [True, False], ids=["a problem", "held-out text"])
+def test_of_near_duplicates_one_stays_though_the_first_repeats_what_it_must_not(tmp_path, problem):
+    text, known = _text(70, 1200), _text(71, 150 if problem else 400)
+    plain = _document(text, "plain")
+    repeats = (_document(f"{text} {known} t{number}", "repeats") for number in range(99))
+    first = next(document for document in repeats if document.id < plain.id)
+    (tmp_path / "bench.txt").write_text(known)
+    held_out = [] if problem else [_document(known, "held out")]
+    benchmarks = (str(tmp_path / "bench.txt"),) if problem else ()
+    data = Data(benchmarks=benchmarks, duplicate_jaccard=0.6)
+    kept, _, _, removed = cleaning.clean([first, plain], held_out, data)
+    assert kept == [plain]
+    assert [removal.path for removal in removed] == ["repeats"]
+
+
 @pytest.mark.parametrize("content", ["", "too short\n"])
 def test_a_benchmark_without_problems_is_refused(tmp_path, content):
     (tmp_path / "empty.jsonl").write_text(content)
