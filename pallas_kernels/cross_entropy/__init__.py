@@ -66,7 +66,7 @@ def linear_softmax(
         )
     scale_X, *rest = (z.astype(jnp.float32) for z in of_token)
     loss, log_prob_X, lse_X = module.linear_softmax(
-        token_loss, vocabulary_axis, x_XD, w_DV, targets_X, 1 / scale_X, *rest
+        token_loss, vocabulary_axis, x_XD, w_DV, targets_X.astype(jnp.int32), 1 / scale_X, *rest
     )
     return Scored(loss, jax.lax.stop_gradient(log_prob_X), jax.lax.stop_gradient(lse_X))
 

@@ -36,6 +36,7 @@ def decode_attention(
     Raises ValueError for shapes that do not fit.
     """
     _check(q_BTNH, k_PKZH, v_PKZH, pages_BC, lengths_B)
+    pages_BC, lengths_B = pages_BC.astype(jnp.int32), lengths_B.astype(jnp.int32)
     module = choose("decode_attention", IMPLEMENTATIONS, implementation, q_BTNH, k_PKZH, pages_BC)
     return module.decode_attention(q_BTNH, k_PKZH, v_PKZH, pages_BC, lengths_B, scale)
 

@@ -28,7 +28,8 @@ def gmm(
 ) -> Float[Array, "R M"]:
     """Rows of x times their group's matrix; differentiable in x and w. Raises ValueError for shapes or names that do not fit."""
     _check("gmm", x_RD, w_EDM, group_sizes_E, contract=1)
-    return _gmm(x_RD, w_EDM, group_sizes_E, choose("gmm", IMPLEMENTATIONS, implementation, x_RD, w_EDM))
+    module = choose("gmm", IMPLEMENTATIONS, implementation, x_RD, w_EDM)
+    return _gmm(x_RD, w_EDM, group_sizes_E.astype(jnp.int32), module)
 
 
 def gmm_t(
@@ -40,7 +41,8 @@ def gmm_t(
 ) -> Float[Array, "R D"]:
     """Rows of x times their group's matrix read transposed: the input's gradient of `gmm`. Not itself differentiable."""
     _check("gmm_t", x_RM, w_EDM, group_sizes_E, contract=2)
-    return choose("gmm_t", IMPLEMENTATIONS, implementation, x_RM, w_EDM).gmm_t(x_RM, w_EDM, group_sizes_E)
+    module = choose("gmm_t", IMPLEMENTATIONS, implementation, x_RM, w_EDM)
+    return module.gmm_t(x_RM, w_EDM, group_sizes_E.astype(jnp.int32))
 
 
 def tgmm(
@@ -62,7 +64,7 @@ def tgmm(
     if sums_EDM is not None and sums_EDM.shape != result:
         raise ValueError(f"tgmm: sums {sums_EDM.shape} of x {x_RD.shape} and y {y_RM.shape} must be {result}")
     module = choose("tgmm", IMPLEMENTATIONS, implementation, x_RD, y_RM)
-    return routed.tgmm(module, x_RD, y_RM, group_sizes_E, sums_EDM)
+    return routed.tgmm(module, x_RD, y_RM, group_sizes_E.astype(jnp.int32), sums_EDM)
 
 
 def expert_mlp(
@@ -88,6 +90,7 @@ def expert_mlp(
     Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
     _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, at_once)
+    experts_XA = experts_XA.astype(jnp.int32)
     module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM)
     if module is reference:
         return reference.expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
@@ -120,6 +123,7 @@ def expert_mlp_grad(
         raise ValueError(
             f"expert_mlp_grad: dy {dy_XD.shape} must be as x {x_XD.shape}, sums {[s.shape for s in sums]} as the layer {shapes}"
         )
+    experts_XA = experts_XA.astype(jnp.int32)
     module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, layer[0])
     if module in (reference, xla):
 

@@ -65,7 +65,7 @@ def best(scores_BTE: Float[Array, "*T E"], active: int) -> Int[Array, "*T A"]:
 
 def chosen(experts_BTA: Int[Array, "*T A"], experts: int) -> Float[Array, "*T E"]:
     """1 where a token names an expert, else 0."""
-    return jnp.sum(jax.nn.one_hot(experts_BTA, experts), axis=-2)
+    return jnp.sum(jax.nn.one_hot(experts_BTA.astype(jnp.int32), experts), axis=-2)
 
 
 def counts(chosen_BTE: Float[Array, "*T E"], real_BT: Bool[Array, "*T"]) -> Float[Array, " E"]:
@@ -85,9 +85,10 @@ def position_map(
         raise ValueError(
             f"position_map: experts {experts_R.shape} {experts_R.dtype} must be a vector of integers; flatten them first"
         )
+    experts_R = experts_R.astype(jnp.int32)
     module = choose("position_map", IMPLEMENTATIONS, implementation, experts_R)
     here_R = (experts_R >= 0) & (experts_R < groups)
-    return module.position_map(jnp.where(here_R, experts_R, groups).astype(jnp.int32), groups)
+    return module.position_map(jnp.where(here_R, experts_R, groups), groups)
 
 
 def row_order(position_R: Int[Array, " R"]) -> Int[Array, " R"]:

@@ -56,6 +56,18 @@ def test_a_weight_of_zero_gives_nothing_and_takes_nothing():
     np.testing.assert_array_equal(dx_XD[3], 0)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_targets_of_any_integer_type_are_the_same_tokens(implementation):
+    x_XD, w_DV, targets_X, weights_X = inputs(13, 8, 300)
+    targets_X = targets_X % 256
+    want = outcome(implementation, x_XD, w_DV, targets_X, weights_X)
+    for dtype in ("uint8", "uint32"):
+        for got, expected in zip(
+            outcome(implementation, x_XD, w_DV, targets_X.astype(dtype), weights_X), want, strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+
+
 def test_shapes_and_names_that_do_not_fit_are_told():
     x_XD, w_DV, targets_X, weights_X = inputs(8, 4, 16)
     with pytest.raises(ValueError, match=r"\(7,\)"):

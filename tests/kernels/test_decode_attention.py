@@ -70,6 +70,14 @@ def test_every_row_sees_its_own_tokens(name, dtype, implementation):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])
+def test_pages_and_lengths_of_any_integer_type_are_the_same(dtype, implementation):
+    *arrays, table, lengths = problem(CASES["draft"])
+    got = decode(*arrays, table.astype(dtype), lengths.astype(dtype), implementation)
+    np.testing.assert_array_equal(got, decode(*arrays, table, lengths, implementation))
+
+
 def test_bad_input_names_the_rule():
     q, k, v, table, lengths = problem(CASES["one_token"])
     call = partial(kernels.decode_attention, scale=1.0)

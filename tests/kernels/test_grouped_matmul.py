@@ -88,6 +88,19 @@ def test_pieces_of_the_gradient_are_public(implementation):
     assert_close(sums, dw, "float32")
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])
+def test_group_sizes_of_any_integer_type_are_the_same(dtype, implementation):
+    x, w, sizes, dy = problem(Gmm(600, 8, 4, (100, 100, 0, 200, 150)))
+    other = sizes.astype(dtype)
+    pairs = zip(*(gmm_and_gradients(x, w, z, dy, implementation) for z in (other, sizes)), strict=True)
+    for got, want in pairs:
+        np.testing.assert_array_equal(got, want)
+    for door, arrays in ((grouped_matmul.gmm_t, (dy, w)), (grouped_matmul.tgmm, (x, dy))):
+        run = partial(door, *arrays, implementation=implementation)
+        np.testing.assert_array_equal(run(other), run(sizes))
+
+
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu"])
 def test_a_weights_gradient_is_added_to_sums_in_their_type(implementation, monkeypatch):
     monkeypatch.setattr(tpu, "block_width", lambda *_: 128)  # two blocks of x's columns
@@ -165,6 +178,24 @@ def test_expert_mlp_equals_its_definition(name, dtype, implementation):
     for got, want in zip(*values, strict=True):
         assert got.dtype == want.dtype
         assert_close(got, np.asarray(want, np.float64), dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_experts_of_any_integer_type_are_the_same(dtype, implementation):
+    x, gate, up, down, _, weights = routed(Mlp(X=64, D=8, M=4, E=128, A=1))
+    experts = 2 * jnp.arange(64)[:, None]
+    values = (
+        value_and_gradients((x, gate, up, down, z, weights), implementation) for z in (experts.astype(dtype), experts)
+    )
+    for got, want in zip(*values, strict=True):
+        assert want.any()
+        np.testing.assert_array_equal(got, want)
+    sums, dy = tuple(map(jnp.zeros_like, (gate, up, down))), gradient_of_result(x)
+    run = partial(grouped_matmul.expert_mlp_grad, x, (gate, up, down), implementation=implementation)
+    both = (run(z, weights, dy, sums) for z in (experts.astype(dtype), experts))
+    for got, want in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "tpu"])

@@ -43,6 +43,16 @@ def test_the_position_map_is_the_inverse_of_a_stable_argsort(experts, implementa
         np.testing.assert_array_equal(z, want)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "groups"), [("int8", 128), ("int8", 160), ("uint8", 256), ("uint32", 7)])
+def test_experts_of_any_integer_type_find_their_place(dtype, groups, implementation):
+    experts = np.random.default_rng(4).integers(0, min(groups, 128), ROWS).astype(dtype)
+    got = position_map(jnp.asarray(experts), groups, implementation=implementation)
+    for z, want in zip(got, by_sorting(experts.astype(int), groups), strict=True):
+        np.testing.assert_array_equal(z, want)
+    np.testing.assert_array_equal(routing.chosen(jnp.asarray(experts)[:, None], groups).argmax(-1), experts)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(-1, GROUPS), min_size=ROWS, max_size=ROWS))
 def test_any_choice_of_experts(experts):
