@@ -153,7 +153,7 @@ def _import_statements(text: str, path: str, path_of: dict[str, str]) -> list[tu
     """(module, name in it or None, name here) of the imports that run when the file is imported."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     package = path.split("/")[:-1]
     found = []
@@ -171,7 +171,8 @@ def _import_statements(text: str, path: str, path_of: dict[str, str]) -> list[tu
                 here = base if node.level else _above(base, alias.name, path, path_of)
                 found.append((here, alias.name, alias.asname or alias.name))
         elif isinstance(node, ast.If):
-            guarded = "TYPE_CHECKING" in ast.unparse(node.test)
+            names = (getattr(part, "id", getattr(part, "attr", "")) for part in ast.walk(node.test))
+            guarded = any("TYPE_CHECKING" in name for name in names)
             waiting += node.orelse if guarded else node.body + node.orelse
         elif isinstance(node, ast.Try):
             waiting += node.body + node.orelse + node.finalbody + [s for h in node.handlers for s in h.body]

@@ -78,6 +78,12 @@ def test_unparsable_files_stay_without_edges():
     assert code.dependency_order({"b.py": "def (", "a.py": "import b"}, "fewest_missing") == ["b.py", "a.py"]
 
 
+@pytest.mark.parametrize("terms", [150, 700, 9000])
+def test_expressions_too_deep_to_walk_are_read_or_left_without_edges(terms):
+    deep = " + ".join(terms * ["a"])
+    assert code.imports({"a.py": "", "b.py": f"x = {deep}\nif {deep}:\n    import a\n"})["b.py"] <= {"a.py"}
+
+
 def test_fim_takes_both_orders_and_depends_on_its_keys_alone():
     orders = {tuple(token for token, _ in code.fill_in_the_middle("some text", i)) for i in range(40)}
     assert orders == {code.FIM_SUFFIX_FIRST, code.FIM_PREFIX_FIRST}
