@@ -27,7 +27,7 @@ from pathlib import Path
 
 from glm_jax.data import sources
 from glm_jax.data.corpus import is_chinese
-from glm_jax.data.document import DataError, Document, digest, unit
+from glm_jax.data.document import DataError, Document, digest, escaped, unit
 
 NAMES = ("prose", "code", "code_page", "mathematics")
 LANGUAGES: dict[str, str] = {
@@ -318,9 +318,5 @@ def _own(folder: Path) -> Iterator[tuple[str, Example]]:
             for path in sources.list_folder(folder / name / label):
                 for piece in _cut(_read(str(path))):
                     kind = f"{folder.name}, {label}"
-                    yield (
-                        name,
-                        Example(
-                            piece, label == "good", kind, f"own:{path.relative_to(folder)}", language_of(path.name)
-                        ),
-                    )
+                    group = escaped(f"own:{path.relative_to(folder)}")
+                    yield name, Example(piece, label == "good", kind, group, language_of(path.name))

@@ -48,7 +48,9 @@ class Document:
 
     @classmethod
     def of(cls, text: str, **fields: Any) -> "Document":
-        return cls(id=digest(text)[:16], text=text, **fields)
+        """Labels are `escaped`: they may be names of files in no encoding."""
+        labels = {name: escaped(value) if isinstance(value, str) else value for name, value in fields.items()}
+        return cls(id=digest(text)[:16], text=text, **labels)
 
     @property
     def stdlib_module(self) -> bool:
@@ -68,6 +70,11 @@ class Document:
     def size(self) -> int:
         """Bytes of UTF-8."""
         return len(self.text.encode())
+
+
+def escaped(text: str) -> str:
+    """The text as UTF-8 can hold it: a lone surrogate becomes the six characters of its escape, \\udc80."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def digest(text: str) -> str:

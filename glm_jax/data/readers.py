@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from glm_jax.data import web
-from glm_jax.data.document import DOMAINS, DataError
+from glm_jax.data.document import DOMAINS, DataError, escaped
 
 _TEXTS = ("text", "content", "code", "markdown", "body")  # columns that hold a text: the first that there is
 _NAMES = ("path", "url", "id", "title")
@@ -73,17 +73,18 @@ def strings(path: Path) -> Iterator[str]:
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
+        yield escaped(value)
     elif isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _strings(one)
 
 
 def _jsonl(path: Path, drops: Counter[str]) -> Iterator[Entry]:
-    """Lines of JSON objects with a text, and perhaps path, repo, domain; or GH Archive's events, which are told apart."""
+    """Lines of JSON objects with a text, and perhaps path, repo, domain; or GH Archive's events, which have a type, and
+    objects as repo and payload."""
     events = []
     for one in _objects(path, drops):
-        if "payload" in one and "type" in one:
+        if "type" in one and isinstance(one.get("payload"), dict) and isinstance(one.get("repo"), dict):
             events.append(one)
         else:
             yield from _entry(one, drops)
@@ -127,8 +128,8 @@ def _conversations(events: list[dict[str, Any]], drops: Counter[str]) -> Iterato
         lambda: {"title": "", "body": "", "diff": "", "comments": {}}
     )
     for event in events:
-        payload, repo = event["payload"], (event.get("repo") or {}).get("name")
-        subject = payload.get("issue") or payload.get("pull_request") if isinstance(payload, dict) else None
+        payload, repo = event["payload"], event["repo"].get("name")
+        subject = payload.get("issue") or payload.get("pull_request")
         if not isinstance(repo, str) or not isinstance(subject, dict) or not isinstance(subject.get("number"), int):
             drops[f"event {event['type']} says nothing"] += 1
             continue
@@ -138,7 +139,8 @@ def _conversations(events: list[dict[str, Any]], drops: Counter[str]) -> Iterato
         comment = payload.get("comment")
         if isinstance(comment, dict) and isinstance(comment.get("body"), str):
             hunk = f"```diff\n{comment['diff_hunk']}\n```\n" if comment.get("diff_hunk") else ""
-            author = (comment.get("user") or {}).get("login", "")
+            user = comment.get("user")
+            author = user.get("login", "") if isinstance(user, dict) else ""
             order = (str(comment.get("created_at", "")), str(comment.get("id", "")))
             thread["comments"][order] = f"{author}: {hunk}{comment['body']}"
     for repo, numbers in _related(found):

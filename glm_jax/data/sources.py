@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.data import readers, web
-from glm_jax.data.document import DataError, Document, digest, read_documents, write_documents
+from glm_jax.data.document import DataError, Document, digest, escaped, read_documents, write_documents
 from glm_jax.data.engine import Engine, Shard
 
 # Packages that this project installs, distribution and module alike. Of the first every long docstring is taken,
@@ -100,12 +100,10 @@ def environment() -> dict[str, str]:
 
 def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document]:
     """Documents of a user's folder: domain by extension; code below a subfolder belongs to that repository."""
-    found = 0
+    taken: Counter[str] = Counter()
     for path in list_folder(root):
         if readers.reader_of(path):
-            for document in _of_many(path, root, max_bytes, drops):
-                found += 1
-                yield document
+            yield from _of_many(path, root, max_bytes, drops, taken)
             continue
         domain = EXTENSIONS.get(path.suffix.lower())
         if domain is None:
@@ -119,17 +117,14 @@ def folder(root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document
         relative = path.relative_to(root)
         name = f"{root.name}/{relative.as_posix()}"
         repo = f"{root.name}/{relative.parts[0] if len(relative.parts) > 1 else '.'}" if domain == "code" else None
-        found += 1
-        for number, piece in enumerate(cut(text, max_bytes)):
-            label = name if number == 0 else f"{name}#{number}"
-            source, group = f"folder:{root.name}", f"folder:{repo or name}"
-            yield Document.of(piece, domain=domain, source=source, path=label, group=group, repo=repo)
-    if not found:
+        fields = {"source": f"folder:{root.name}", "path": name, "group": f"folder:{repo or name}"}
+        yield from documents(text, max_bytes, taken, domain=domain, repo=repo, **fields)
+    if not taken:
         known = " ".join(sorted((*EXTENSIONS, *readers.EXTENSIONS)))
         raise DataError(f"{root}: no usable text; it needs files in UTF-8 with one of the extensions {known}")
 
 
-def _of_many(path: Path, root: Path, max_bytes: int, drops: Counter[str]) -> Iterator[Document]:
+def _of_many(path: Path, root: Path, max_bytes: int, drops: Counter[str], taken: Counter[str]) -> Iterator[Document]:
     """Documents of a file that holds many texts. Code of a repository keeps its path there."""
     relative = path.relative_to(root).as_posix()
     for number, entry in enumerate(readers.read(path, drops)):
@@ -141,10 +136,8 @@ def _of_many(path: Path, root: Path, max_bytes: int, drops: Counter[str]) -> Ite
         repo = f"{root.name}/{entry.repo}" if entry.repo and domain == "code" else None
         if repo and entry.name:
             name = f"{repo}/{entry.name}"
-        for part, piece in enumerate(cut(text, max_bytes)):
-            label = name if part == 0 else f"{name}#{part}"
-            source, group = f"folder:{root.name}", f"folder:{repo or name}"
-            yield Document.of(piece, domain=domain, source=source, path=label, group=group, repo=repo)
+        fields = {"source": f"folder:{root.name}", "path": name, "group": f"folder:{repo or name}"}
+        yield from documents(text, max_bytes, taken, domain=domain, repo=repo, **fields)
 
 
 def list_folder(root: Path) -> list[Path]:
@@ -165,6 +158,13 @@ def list_folder(root: Path) -> list[Path]:
     if not files:
         raise DataError(f"{root} is empty; put text (.txt .md .tex) or code (.py ...) into it or leave it out")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def documents(text: str, max_bytes: int, taken: Counter[str], *, path: str, **fields: Any) -> Iterator[Document]:
+    """A text, or the pieces that it is cut into. A label that is `taken`, by a piece or another text, gets a number."""
+    for piece in cut(text, max_bytes):
+        yield Document.of(piece, path=f"{path}#{taken[path]}" if taken[path] else path, **fields)
+        taken[path] += 1
 
 
 def cut(text: str, max_bytes: int) -> list[str]:
@@ -227,9 +227,12 @@ def _read_page(path: Path, drops: Counter[str]) -> str | None:
 
 
 def usable(text: str, code: bool, drops: Counter[str]) -> bool:
-    """Rules of StarCoder's kind: too little text, generated code, long lines, tables of numbers."""
+    """Rules of StarCoder's kind: too little text, none in UTF-8, generated code, long lines, tables of numbers."""
     if len(text.strip()) < _SHORTEST:
         drops["too short"] += 1
+        return False
+    if escaped(text) != text:
+        drops["half a surrogate pair"] += 1
         return False
     lines = text.splitlines()
     if code and _GENERATED.search(text, 0, 600):
@@ -293,17 +296,16 @@ def _docstrings(path: Path, name: str, group: str, drops: Counter[str], latex_on
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(text)
-    except SyntaxError:
+            pages = list(_pages(ast.parse(text), name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")))
+    except (SyntaxError, RecursionError, MemoryError):
         drops["unparsable file"] += 1
         return
     source = "docstrings:" + (name.split("/")[0] if group.startswith("api:") else "stdlib")
-    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    for title, page in _pages(tree, module):
+    for title, page in pages:
         domain = "math" if LATEX.search(page) else "general"
         if len(page) >= _SHORTEST_DOCSTRING and (domain == "math" or not latex_only):
             label = f"{name}:{title.split('(')[0]}"
-            yield Document.of(f"{title}\n\n{page}\n", domain=domain, source=source, path=label, group=group)
+            yield Document.of(escaped(f"{title}\n\n{page}\n"), domain=domain, source=source, path=label, group=group)
 
 
 def _pages(node: ast.AST, qualified: str) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_jax.data import readers, sources, web
+from glm_jax.data import heldout, readers, sources, web
 from glm_jax.data.document import DataError
 
 PROSE = "There is a reason for this, and it is that all of the words here are plain.\n" * 4
@@ -103,6 +103,25 @@ def test_what_closes_an_issue_stands_behind_it_with_its_diff(tmp_path):
     assert found["a/b#5"].startswith("# A circle") and "# Of two" in found["a/b#5"]
 
 
+def test_only_objects_as_repo_and_payload_make_an_event(tmp_path):
+    issue = {"number": 1, "title": "It fails", "body": "Always."}
+    rows = [
+        {"type": "msg", "payload": {"x": 1}, "repo": "a/b", "text": "of a repository"},
+        {"type": "tool", "payload": "x", "text": "of a tool"},
+        {"type": "Event", "repo": {"name": "a/b"}, "payload": {"issue": issue, "comment": {"body": "x", "user": "bo"}}},
+        {"type": "Event", "repo": {"name": "a/b"}, "payload": {}},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, drops = _read(path)
+    assert [(entry.text, entry.repo) for entry in found] == [
+        ("of a repository", "a/b"),
+        ("of a tool", None),
+        ("# It fails\n\nAlways.\n\n: x\n", None),
+    ]
+    assert drops == {"event Event says nothing": 1}
+
+
 def _record(kind: str, body: bytes, uri: str = "") -> bytes:
     head = f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body + b"\r\n\r\n"
@@ -167,3 +186,23 @@ def test_a_folder_gives_the_texts_of_such_files_besides_its_own(tmp_path):
         "tool/tool/a.py": ("code", True),
     }
     assert drops == {"too short": 1}
+
+
+def test_a_text_with_half_a_surrogate_pair_is_dropped_and_a_name_with_one_is_spelt_out(tmp_path):
+    rows = [{"text": PROSE + "\ud83d"}, {"text": PROSE + "\U0001f600", "url": "page \udc80"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    drops = Counter()
+    (found,) = sources.folder(tmp_path, 10**6, drops)
+    assert found.text.endswith("\U0001f600") and found.path.endswith("page \\udc80")
+    assert drops == {"half a surrogate pair": 1}
+    assert next(readers.strings(tmp_path / "rows.jsonl")).endswith("\\ud83d")
+
+
+def test_files_of_one_repository_and_path_all_stay(tmp_path):
+    for name in ("first", "second"):
+        row = {"repo": "x/y", "path": "src/a.py", "text": f"# {name}\n{CODE * 99}"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    found = list(sources.folder(tmp_path, 6000, Counter()))
+    assert [d.path.rpartition("/")[2] for d in found] == ["a.py", "a.py#1", "a.py#2", "a.py#3", "a.py#4", "a.py#5"]
+    (whole,) = (d.text for d in heldout.with_long(found, "fewest_missing") if d.domain == "long")
+    assert "# first" in whole and "# second" in whole

@@ -1,6 +1,7 @@
 import argparse
 import bisect
 import heapq
+import os
 import queue
 import random
 import shlex
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from glm_jax.data import sources
-from glm_jax.data.document import DataError
+from glm_jax.data.document import DataError, read_documents, write_documents
 from glm_jax.data.heldout import held_out_groups, split, with_long
 from glm_jax.data.quality import score, signals, with_buckets
 
@@ -42,6 +43,19 @@ def test_a_folder_gives_documents_by_extension_and_counts_what_it_leaves_out(tmp
     assert "\r" not in found["repo/a.py"].text
     reasons = ("undecodable bytes", "binary file", "too short", "generated code", "unknown extension")
     assert drops == Counter(dict.fromkeys(reasons, 1))
+
+
+def test_no_file_name_is_refused_and_a_label_is_utf_8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.py")
+    (tmp_path / "repo").mkdir()
+    try:
+        (tmp_path / "repo" / name).write_text("value = compute(something)\n" * 9)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    (found,) = sources.folder(tmp_path, 10**6, Counter())
+    assert found.path == f"{tmp_path.name}/repo/caf\\udce9.py"
+    write_documents(tmp_path / "written", [found])
+    assert read_documents(tmp_path / "written") == [found]
 
 
 @pytest.mark.parametrize("make, message", [(False, "does not exist"), (True, "is empty")])
@@ -76,6 +90,20 @@ class Norm:
         ("pkg.linalg.Norm.of(self, x, order=2)", "math"),
     ]
     assert all(p.group == "api:pkg/linalg.py" and p.source == "docstrings:pkg" for p in pages)
+
+
+@pytest.mark.parametrize("text", [f"x = {'a + ' * 9000}a", f"def f(x={'a + ' * 700}a):\n    '''{PROSE}'''"])
+def test_an_expression_too_deep_to_parse_is_no_page(tmp_path, text):
+    (tmp_path / "deep.py").write_text(f'"""{PROSE}"""\n{text}\n')
+    drops = Counter()
+    assert not list(sources._docstrings(tmp_path / "deep.py", "pkg/deep.py", "api:pkg/deep.py", drops))
+    assert drops == {"unparsable file": 1}
+
+
+def test_half_a_character_in_a_docstring_is_spelt_as_it_was_written(tmp_path):
+    (tmp_path / "half.py").write_text(f'"""{PROSE} \\udc80"""\n')
+    (page,) = sources._docstrings(tmp_path / "half.py", "pkg/half.py", "api:pkg/half.py", Counter())
+    assert page.text.endswith(" \\udc80\n")
 
 
 def test_docstrings_of_a_held_out_module_are_held_out_with_it(tmp_path):

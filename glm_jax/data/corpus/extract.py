@@ -32,14 +32,13 @@ def work(inputs: Sequence[Path], output: Path, settings: dict[str, Any]) -> dict
     drops: Counter[str] = Counter()
     papers: list[str] = []
     documents: list[Document] = []
+    taken: Counter[str] = Counter()
     refused = ""
     readers = {"deb": _pages, "sdist": _repository, "patches": _patches}
     read = _reviews if record["part"] == "reviews" else readers[record["kind"]]
     try:
         for text, fields in read(_members(inputs[0], drops, papers), name, record["part"], drops):
-            for number, piece in enumerate(sources.cut(text, settings["max_document_bytes"])):
-                path = fields["path"] if number == 0 else f"{fields['path']}#{number}"
-                documents.append(Document.of(piece, **{**fields, "path": path}))
+            documents += sources.documents(text, settings["max_document_bytes"], taken, **fields)
         if papers and not listing.confirmed(record["licence"], "\n".join(papers)):
             raise archives.Refused(f"archive whose own papers do not speak of the licence {record['licence']}")
     except archives.Refused as reason:
