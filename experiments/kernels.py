@@ -46,7 +46,7 @@ class Args:
     against: Literal["stock"] | None = None
     """Others' kernels beside ours."""
     out: Path | None = None
-    """Write the figures here, as JSON; what the file has of other operations and cases stays."""
+    """Write the figures here, as JSON; what the file has of other operations and cases stays, if it is of this device and jax."""
     repetitions: int = 21
     """Measurements of each side."""
     timeout: float = 240
@@ -62,7 +62,11 @@ def main(args: Args) -> None:
         return
     if args.device not in DEVICES:
         raise ConfigError(f"--device {args.device!r} is unknown; {nearest(args.device, list(DEVICES))}")
+    if args.repetitions < 1:
+        raise ConfigError(f"--repetitions {args.repetitions} must be at least 1")
     _check_device(args.device)
+    if args.out and args.out.exists():
+        _check_same(args.out, args.device)
     print(_line("operation", "case", "whose", "status", "figures"))
     for bench in _benches(args):
         for row in _rows(args, bench):
@@ -95,6 +99,19 @@ def _check_device(device: str) -> None:
 
         if jax.default_backend() != device:
             raise ConfigError(f"--device {device}: jax runs on {jax.default_backend()} here; use that, or one of {AOT}")
+
+
+def _check_same(out: Path, device: str) -> None:
+    """A file tells one device, machine and jax for all of its rows."""
+    record = json.loads(out.read_text())
+    theirs, ours = (
+        f"--device {name} ({machine['device']}, jax {machine['jax']})"
+        for name, machine in ((record["device"], record["machine"]), (device, _machine()))
+    )
+    if theirs != ours:
+        raise ConfigError(
+            f"--out {out} has rows of {theirs}, and new ones would be of {ours}; name another file, or remove this one"
+        )
 
 
 def _machine() -> dict[str, str]:
