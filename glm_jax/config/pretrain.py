@@ -248,7 +248,7 @@ class Data:
 
     paths: tuple[str, ...] = ()  # folders of text added to the built-in sources
     seed: int = 0
-    held_out: float = 0.05  # share of documents, split by content hash
+    held_out: float = 0.05  # share of modules, packages and pages, chosen by the hash of their names
     tokenizer_bytes: int = 4_000_000  # of text that the BPE is trained on
     bucket_epochs: tuple[float, ...] = (0.0, 1.0, 1.0, 2.0, 3.2)  # quality buckets, lowest first; 0 drops
     duplicate_jaccard: float = 0.8

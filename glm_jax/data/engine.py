@@ -44,6 +44,10 @@ class Engine:
     kind: Kind = "pool"
     workers: int = 0
 
+    def __post_init__(self):
+        if self.workers < 0:
+            raise DataError(f"workers={self.workers} must not be negative; 0 is one for each core")
+
     @property
     def processes(self) -> int:
         return self.workers or cores()

@@ -6,6 +6,7 @@ trained on those scores extends them to the rest (section 2.2). A score is a num
 
 import concurrent.futures
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -32,7 +33,7 @@ with derivations or worked examples; 5: as a good textbook does. Reply with one 
 <document>
 {text}
 </document>"""
-_SCORE = re.compile(r"score\W{0,6}([0-5](?:\.\d+)?)(?!\d)", re.IGNORECASE)
+_SCORE = re.compile(r"score(?:\s*\([^()]*\))?\W{0,6}([0-5](?:\.\d+)?)(?!\.?\d|\s?[-–]\s?\d)", re.IGNORECASE)
 _NUMBER = re.compile(r"^\W*([0-5](?:\.\d+)?)\W*$")
 
 
@@ -129,7 +130,7 @@ def _ask(address: str, model: str, text: str) -> float | None:
             problem = f"{error.code} {error.reason}"
             if error.code < 500 and error.code != 429:
                 break
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
         if attempt + 1 < _ATTEMPTS:
             time.sleep(_WAIT_S * 2**attempt)

@@ -136,6 +136,11 @@ def test_a_full_disk_ends_the_stage_and_leaves_no_half_shard(upper, shards, tmp_
     assert not (tmp_path / "out" / "out3").exists()
 
 
+def test_fewer_workers_than_none_are_refused():
+    with pytest.raises(DataError, match="workers=-1 must not be negative"):
+        Engine("pool", -1)
+
+
 def test_shards_of_one_name_are_refused(upper, shards, tmp_path):
     with pytest.raises(ValueError, match="out0"):
         Engine("one").run(upper, [*shards, shards[0]], {}, tmp_path / "out", _quiet)

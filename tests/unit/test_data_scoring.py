@@ -161,6 +161,7 @@ class _Endpoint(http.server.BaseHTTPRequestHandler):
     """Speaks OpenAI's protocol: a page with more formulas teaches more; the first questions meet a busy server."""
 
     busy = 2
+    torn = 0  # answers that end in their middle
     seen: Counter
 
     def do_POST(self):
@@ -177,7 +178,8 @@ class _Endpoint(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        type(self).torn -= 1
+        self.wfile.write(data[: len(data) // 2 if self.torn >= 0 else None])
 
     def log_message(self, *_):
         pass
@@ -187,7 +189,7 @@ class _Endpoint(http.server.BaseHTTPRequestHandler):
 def endpoint(monkeypatch):
     monkeypatch.setattr(judge, "_WAIT_S", 0.01)
     monkeypatch.setenv(judge.KEY, "secret")
-    _Endpoint.busy, _Endpoint.seen = 2, Counter()
+    _Endpoint.busy, _Endpoint.torn, _Endpoint.seen = 2, 0, Counter()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -208,6 +210,15 @@ def test_an_endpoint_is_asked_once_for_each_document_and_its_answers_are_kept(en
     assert scores == {document.id: min(n % 6, 5) for n, document in enumerate(documents[:-1])}
     assert _Endpoint.seen == {("/v1/chat/completions", "wise", "Bearer secret"): 31 + 2}
     assert len(kept.read_text().splitlines()) == 31
+
+
+def test_an_answer_that_ends_in_its_middle_is_asked_for_again_and_then_told(endpoint, tmp_path):
+    _Endpoint.busy, _Endpoint.torn = 0, 2
+    page = _document("page formula formula")
+    assert judge.ask(endpoint, "wise", [page], tmp_path / "kept", lambda *_: None) == {page.id: 2}
+    _Endpoint.torn = 99
+    with pytest.raises(DataError, match=r"no answer \(IncompleteRead.* check the address"):
+        judge.ask(endpoint, "wise", [_document("another")], tmp_path / "kept", lambda *_: None)
 
 
 def test_an_endpoint_that_is_not_there_is_a_message_with_a_way_out(tmp_path, monkeypatch):
@@ -234,6 +245,12 @@ def test_scores_of_a_file_are_by_id_or_text_and_a_bad_line_is_named(tmp_path):
         ("2", 2),
         ("score 1 ... Score: 5", 5),
         ("Score: 10", None),
+        ("Score (0-5): 4", 4),
+        ("Score (out of 5): **3.5**", 3.5),
+        ("Score (2).", 2),
+        ("Score: 4/5", 4),
+        ("Score (0-5)", None),
+        ("My score, 0 - 5, follows", None),
         ("no", None),
     ],
 )
