@@ -65,8 +65,8 @@ def main(args: Args) -> None:
     if args.repetitions < 1:
         raise ConfigError(f"--repetitions {args.repetitions} must be at least 1")
     _check_device(args.device)
-    if args.out and args.out.exists():
-        _check_same(args.out, args.device)
+    if args.out:
+        _kept(args.out, args.device)
     print(_line("operation", "case", "whose", "status", "figures"))
     for bench in _benches(args):
         for row in _rows(args, bench):
@@ -78,10 +78,25 @@ def main(args: Args) -> None:
 
 def _keep(out: Path, device: str, row: dict[str, Any]) -> None:
     """Row by row: whoever interrupts keeps what is done. What another run has written there since stays."""
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    known = {_key(one): one for one in [*rows, row]}
+    known = {_key(one): one for one in [*_kept(out, device), row]}
     record = {"device": device, "machine": _machine(), "rows": list(known.values())}
     write(out, json.dumps(record, indent=1) + "\n")
+
+
+def _kept(out: Path, device: str) -> list[dict[str, Any]]:
+    """Rows that the file has. It tells one device, machine and jax for all of them: ConfigError where they are not ours."""
+    if not out.exists():
+        return []
+    record = json.loads(out.read_text())
+    theirs, ours = (
+        f"--device {name} ({machine['device']}, jax {machine['jax']})"
+        for name, machine in ((record["device"], record["machine"]), (device, _machine()))
+    )
+    if theirs != ours:
+        raise ConfigError(
+            f"--out {out} has rows of {theirs}, and new ones would be of {ours}; name another file, or remove this one"
+        )
+    return record["rows"]
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -99,19 +114,6 @@ def _check_device(device: str) -> None:
 
         if jax.default_backend() != device:
             raise ConfigError(f"--device {device}: jax runs on {jax.default_backend()} here; use that, or one of {AOT}")
-
-
-def _check_same(out: Path, device: str) -> None:
-    """A file tells one device, machine and jax for all of its rows."""
-    record = json.loads(out.read_text())
-    theirs, ours = (
-        f"--device {name} ({machine['device']}, jax {machine['jax']})"
-        for name, machine in ((record["device"], record["machine"]), (device, _machine()))
-    )
-    if theirs != ours:
-        raise ConfigError(
-            f"--out {out} has rows of {theirs}, and new ones would be of {ours}; name another file, or remove this one"
-        )
 
 
 def _machine() -> dict[str, str]:
