@@ -47,7 +47,7 @@ def clean(
     measures = measured(everything, known, bands_rows[0] * bands_rows[1])
     first_of: dict[int, int] = {}
     if not data.keep_duplicates:
-        left = (measures.repeats < 0).all(axis=1)
+        left = np.all(measures.repeats < 0, axis=1)
         left[: len(held_out)] = True
         among = np.flatnonzero(left).tolist()
         first_of = dedup.near(measures.grams, measures.signature, data.duplicate_jaccard, bands_rows[1], among)

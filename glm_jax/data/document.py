@@ -49,8 +49,8 @@ class Document:
     @classmethod
     def of(cls, text: str, **fields: Any) -> "Document":
         """Labels are `escaped`: they may be names of files in no encoding."""
-        labels = {name: escaped(value) if isinstance(value, str) else value for name, value in fields.items()}
-        return cls(id=digest(text)[:16], text=text, **labels)
+        fields |= {name: escaped(value) for name, value in fields.items() if isinstance(value, str)}
+        return cls(id=digest(text)[:16], text=text, **fields)
 
     @property
     def stdlib_module(self) -> bool:
