@@ -81,10 +81,10 @@ def expert_mlp(
     """Each token's weighted sum over its experts of down(silu(gate x) * up x).
 
     An expert outside 0..E-1 adds nothing and gets no gradient: under expert parallelism pass `experts_XA - first`.
-    A token names an expert at most once. For the backward pass the inputs and the pre-activations of gate and up are kept. "xla"
-    computes in float32 whatever the inputs and never stores the routed rows of x and of the result; on an accelerator rows and
-    hidden layer are x's dtype, sums float32, and routed rows of x (on TPU for the backward pass only) and of the result are
-    stored while they are needed. The result has x's dtype.
+    A token names an expert at most once. "xla" computes in float32 whatever the inputs, never stores the routed rows and keeps
+    its inputs only for the backward pass; on an accelerator rows and hidden layer are x's dtype, sums float32, routed rows of x (on
+    TPU for the backward pass only) and of the result are stored while they are needed, and the pre-activations of gate and up
+    are kept. The result has x's dtype.
     At most `at_once` routed rows are stored at a time on an accelerator, in as many passes as the experts here have rows; then nothing
     but the inputs is kept.
     Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
@@ -160,23 +160,22 @@ _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _expert_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once):
-    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
-    return xla.expert_mlp(*inputs) if module is xla else routed.expert_mlp(module, *inputs, at_once)[0]
+    return _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once)[0]
 
 
 def _expert_mlp_fwd(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, module, at_once):
     inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
-    y_XD, kept = xla.by_blocks(*inputs) if module is xla else routed.expert_mlp(module, *inputs, at_once)
-    return y_XD, (inputs, kept)
+    y_XD, hidden = (xla.expert_mlp(*inputs), None) if module is xla else routed.expert_mlp(module, *inputs, at_once)
+    return y_XD, (inputs, hidden)
 
 
 def _expert_mlp_bwd(module, at_once, saved, dy_XD):
-    (x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA), kept = saved
+    (x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA), hidden = saved
     layer, choices = (gate_EDM, up_EDM, down_EMD), (experts_XA, weights_XA)
     if module is xla:
-        dx_XD, *dlayer, dweights_XA = xla.expert_mlp_grad(x_XD, *layer, kept, dy_XD)
+        dx_XD, *dlayer, dweights_XA = xla.expert_mlp_grad(x_XD, *layer, *choices, dy_XD)
     else:
-        found = routed.expert_mlp_grad(module, x_XD, *layer, *choices, kept, dy_XD, at_once=at_once)
+        found = routed.expert_mlp_grad(module, x_XD, *layer, *choices, hidden, dy_XD, at_once=at_once)
         dx_XD, dweights_XA, dlayer = found
     dlayer = (d.astype(w.dtype) for d, w in zip(dlayer, layer, strict=True))
     return dx_XD.astype(x_XD.dtype), *dlayer, None, dweights_XA.astype(weights_XA.dtype)  # none for the experts

@@ -1,15 +1,15 @@
 """Grouped matmul for XLA's CPU back end: a scan over groups, and in each a loop over blocks of its rows.
 
 Groups may start at any row and have any size, so a block may reach beyond its group (or be moved back where it would
-reach beyond the array): it then writes its group's rows only, and no matrix is ever padded or copied. Blocks are small
-enough for the cache: of what `expert_mlp` computes between its two gathers only what gradients need reaches memory.
+reach beyond the array): it then writes its group's rows only, and nothing is ever padded or copied. Blocks are small
+enough for the cache, so what `expert_mlp` computes between its two gathers never reaches memory.
 Everything is computed in float32, loops' carries included: XLA's CPU back end converts bfloat16 in any case, and a
 bfloat16 buffer that a loop writes to would be converted whole, at each step.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +31,19 @@ def block_rows(rows: int, groups: int) -> int:
 def over_blocks(
     size: Array, end: Array, rows: int, block: int, body: Callable[[Array, Array, Carry], Carry], carry: Carry
 ) -> Carry:
-    """`carry = body(first, keep_b1, carry)` for each whole block of the group's rows end-size..end, and for quarters of a block of what
-    is left.
+    """`carry = body(first, keep_b1, carry)` for each block of the group's rows end-size..end.
 
-    `first` is the piece's first row, never beyond `rows` less its size; `keep_b1`, as long as the piece, is true for those of
-    its rows that are the group's and not an earlier piece's.
+    `first` is the block's first row, never beyond `rows - block`; `keep_b1` is true for those of its rows that are
+    the group's and not an earlier block's.
     """
 
-    def pieces(start: Array, count: Array, piece: int, carry: Carry) -> Carry:
-        def step(i, carry):
-            wanted = start + i * piece
-            first = jnp.minimum(wanted, rows - piece)
-            row_b1 = first + jnp.arange(piece)[:, None]
-            return body(first, (row_b1 >= wanted) & (row_b1 < end), carry)
+    def step(i, carry):
+        wanted = end - size + i * block
+        first = jnp.minimum(wanted, rows - block)
+        row_b1 = first + jnp.arange(block)[:, None]
+        return body(first, (row_b1 >= wanted) & (row_b1 < end), carry)
 
-        return lax.fori_loop(0, count, step, carry)
-
-    start, whole, quarter = end - size, size // block, max(1, block // 4)
-    carry = pieces(start, whole, block, carry)
-    left = start + whole * block
-    return pieces(left, (end - left + quarter - 1) // quarter, quarter, carry)
+    return lax.fori_loop(0, (size + block - 1) // block, step, carry)
 
 
 def _zeros(like: Array, *shape: int) -> Array:
@@ -80,7 +73,7 @@ def _grouped(x_RD: Array, w_EDM: Array, group_sizes_E: Array, contract: int) -> 
         w_DM, size, end = of_group
 
         def body(first, keep_b1, y_RM):
-            return _put(y_RM, _dot(_take(x_RD, first, len(keep_b1)), w_DM, 1, contract), keep_b1, first)
+            return _put(y_RM, _dot(_take(x_RD, first, block), w_DM, 1, contract), keep_b1, first)
 
         return over_blocks(size, end, rows, block, body, y_RM), None
 
@@ -122,69 +115,37 @@ def tgmm(x_RD: Array, y_RM: Array, group_sizes_E: Array) -> Array:
     return lax.scan(group, None, (group_sizes_E, jnp.cumsum(group_sizes_E)))[1]
 
 
-class Rows(NamedTuple):
-    """The (token, choice) pairs expert by expert, with a block of padding behind them, for blocks may reach beyond the last group."""
-
-    order_R: Array  # which pair; without padding
-    token_R: Array
-    weight_R: Array  # float32
-    size_E: Array
-    hidden_RW: Array | None = None  # pre-activations of gate and up side by side, float32, for the backward pass
-
-    def block(self, first: Array, keep_b1: Array) -> tuple[Array, Array]:
-        """Tokens and weights [b, 1] of the rows from `first` on; a row that is not kept weighs nothing."""
-        token_b, weight_b = (_take(z_R, first, len(keep_b1)) for z_R in (self.token_R, self.weight_R))
-        return token_b, jnp.where(keep_b1, weight_b[:, None], 0)
-
-
-def _in_expert_order(experts_XA: Array, weights_XA: Array, groups: int, block: int) -> Rows:
+def _in_expert_order(experts_XA: Array, weights_XA: Array, groups: int) -> tuple[Array, Array, Array, Array]:
+    """The (token, choice) pairs expert by expert: which pair, its token, its weight in float32; and rows per expert."""
     position_R, size_E = position_map(experts_XA.reshape(-1), groups)
     order_R = row_order(position_R)
-    token_R, weight_R = order_R // experts_XA.shape[1], weights_XA.reshape(-1)[order_R].astype(F32)
-    return Rows(order_R, jnp.pad(token_R, (0, block)), jnp.pad(weight_R, (0, block)), size_E)
+    return order_R, order_R // experts_XA.shape[1], weights_XA.reshape(-1)[order_R].astype(F32), size_E
 
 
 def expert_mlp(
     x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array
 ) -> Array:
-    inputs = x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA
-    return _all_experts(*inputs) if len(x_XD) <= SMALLEST_BLOCK else by_blocks(*inputs, keep=False)[0]
+    if x_XD.shape[0] <= SMALLEST_BLOCK:
+        return _all_experts(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA)
+    (E, _, M), rows = gate_EDM.shape, experts_XA.size
+    block = block_rows(rows, E)
+    _, token_R, weight_R, size_E = _in_expert_order(experts_XA, weights_XA, E)
 
-
-def by_blocks(
-    x_XD: Array,
-    gate_EDM: Array,
-    up_EDM: Array,
-    down_EMD: Array,
-    experts_XA: Array,
-    weights_XA: Array,
-    keep: bool = True,
-) -> tuple[Array, Rows]:
-    """The result, and what `expert_mlp_grad` needs beside the inputs, if it is to be kept."""
-    (E, _, M), pairs = gate_EDM.shape, experts_XA.size
-    block = block_rows(pairs, E)
-    rows = _in_expert_order(experts_XA, weights_XA, E, block)
-
-    def group(carry, of_group):
+    def group(y_XD, of_group):
         gate_DM, up_DM, down_MD, size, end = of_group
         gate_up_DW = jnp.concatenate([gate_DM, up_DM], 1).astype(F32)
         down_MD = down_MD.astype(F32)
 
-        def body(first, keep_b1, carry):
-            y_XD, hidden_RW = carry
-            token_b, weight_b1 = rows.block(first, keep_b1)
+        def body(first, keep_b1, y_XD):
+            token_b = _take(token_R, first, block)
             hidden_bW = _dot(x_XD[token_b], gate_up_DW, 1, 0)
-            if hidden_RW is not None:  # rows beyond the group are written once more, by their own
-                hidden_RW = lax.dynamic_update_slice_in_dim(hidden_RW, hidden_bW, first, 0)
-            active_bM = jax.nn.silu(hidden_bW[:, :M]) * hidden_bW[:, M:] * weight_b1
-            return y_XD.at[token_b].add(jnp.where(keep_b1, _dot(active_bM, down_MD, 1, 0), 0)), hidden_RW
+            active_bM = jax.nn.silu(hidden_bW[:, :M]) * hidden_bW[:, M:] * _take(weight_R, first, block)[:, None]
+            return y_XD.at[token_b].add(jnp.where(keep_b1, _dot(active_bM, down_MD, 1, 0), 0))
 
-        return over_blocks(size, end, pairs + block, block, body, carry), None
+        return over_blocks(size, end, rows, block, body, y_XD), None
 
-    of_groups = (gate_EDM, up_EDM, down_EMD, rows.size_E, jnp.cumsum(rows.size_E))
-    hidden_RW = _zeros(x_XD, pairs + block, 2 * M) if keep else None
-    y_XD, hidden_RW = lax.scan(group, (_zeros(x_XD, *x_XD.shape), hidden_RW), of_groups)[0]
-    return y_XD.astype(x_XD.dtype), rows._replace(hidden_RW=hidden_RW)
+    of_groups = (gate_EDM, up_EDM, down_EMD, size_E, jnp.cumsum(size_E))
+    return lax.scan(group, _zeros(x_XD, *x_XD.shape), of_groups)[0].astype(x_XD.dtype)
 
 
 def _all_experts(
@@ -210,12 +171,12 @@ def _all_experts(
 
 
 def expert_mlp_grad(
-    x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, rows: Rows, dy_XD: Array
+    x_XD: Array, gate_EDM: Array, up_EDM: Array, down_EMD: Array, experts_XA: Array, weights_XA: Array, dy_XD: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """Gradients of `by_blocks` for x, gate, up, down and weights."""
-    (E, D, M), pairs = gate_EDM.shape, len(rows.order_R)
-    block, all_hidden_RW = block_rows(pairs, E), rows.hidden_RW
-    assert all_hidden_RW is not None  # kept
+    """Gradients of `expert_mlp` for x, gate, up, down and weights; the hidden layer is computed again, block by block."""
+    (E, D, M), rows = gate_EDM.shape, experts_XA.size
+    block = block_rows(rows, E)
+    order_R, token_R, weight_R, size_E = _in_expert_order(experts_XA, weights_XA, E)
 
     def group(carry, of_group):
         gate_DM, up_DM, down_MD, size, end = of_group
@@ -224,15 +185,14 @@ def expert_mlp_grad(
 
         def body(first, keep_b1, carry):
             dx_XD, dweight_R, dgate_up_DW, ddown_MD = carry
-            token_b, weight_b1 = rows.block(first, keep_b1)
+            token_b, weight_b1 = _take(token_R, first, block), _take(weight_R, first, block)[:, None]
             x_bD, dy_bD = (jnp.where(keep_b1, z[token_b].astype(F32), 0) for z in (x_XD, dy_XD))
-            hidden_bW = jnp.where(keep_b1, _take(all_hidden_RW, first, len(keep_b1)), 0)
+            hidden_bW = _dot(x_bD, gate_up_DW, 1, 0)
             gate_bM, up_bM = hidden_bW[:, :M], hidden_bW[:, M:]
             sigmoid_bM = jax.nn.sigmoid(gate_bM)
             silu_bM = gate_bM * sigmoid_bM
             dactive_bM = _dot(dy_bD, down_MD, 1, 1)
-            dweight_b = (silu_bM * up_bM * dactive_bM).sum(1)
-            dweight_R = lax.dynamic_update_slice_in_dim(dweight_R, dweight_b, first, 0)
+            dweight_R = _put(dweight_R, (silu_bM * up_bM * dactive_bM).sum(1), keep_b1[:, 0], first)
             ddown_MD += _dot(silu_bM * up_bM * weight_b1, dy_bD, 0, 0)
             dgate_bM = dactive_bM * weight_b1 * up_bM * (sigmoid_bM + silu_bM * (1 - sigmoid_bM))
             dhidden_bW = jnp.concatenate([dgate_bM, dactive_bM * weight_b1 * silu_bM], 1)
@@ -240,11 +200,10 @@ def expert_mlp_grad(
             return dx_XD, dweight_R, dgate_up_DW + _dot(x_bD, dhidden_bW, 0, 0), ddown_MD
 
         carry = (*carry, _zeros(x_XD, D, 2 * M), _zeros(x_XD, M, D))
-        dx_XD, dweight_R, dgate_up_DW, ddown_MD = over_blocks(size, end, pairs + block, block, body, carry)
+        dx_XD, dweight_R, dgate_up_DW, ddown_MD = over_blocks(size, end, rows, block, body, carry)
         return (dx_XD, dweight_R), (dgate_up_DW[:, :M], dgate_up_DW[:, M:], ddown_MD)
 
-    of_groups = (gate_EDM, up_EDM, down_EMD, rows.size_E, jnp.cumsum(rows.size_E))
-    none = _zeros(x_XD, *x_XD.shape), _zeros(x_XD, pairs + block)
-    (dx_XD, dweight_R), dexperts = lax.scan(group, none, of_groups)
-    dweights_XA = jnp.zeros_like(dweight_R[:pairs]).at[rows.order_R].set(dweight_R[:pairs]).reshape(len(x_XD), -1)
+    of_groups = (gate_EDM, up_EDM, down_EMD, size_E, jnp.cumsum(size_E))
+    (dx_XD, dweight_R), dexperts = lax.scan(group, (_zeros(x_XD, *x_XD.shape), _zeros(x_XD, rows)), of_groups)
+    dweights_XA = jnp.zeros_like(dweight_R).at[order_R].set(dweight_R).reshape(experts_XA.shape)
     return dx_XD, *dexperts, dweights_XA
