@@ -208,7 +208,7 @@ def _fields_of(run: Run) -> str:
         "",
     ]
     for path, values in _groups(run):
-        text = "  ".join(f"{name}={_shown(value)}" for name, value in values.items())
+        text = "  ".join(shown for name, value in values.items() for shown in _shown(name, value))
         lines += textwrap.wrap(
             text, width, initial_indent=f"{path:<11} ", subsequent_indent=" " * 12, break_on_hyphens=False
         )
@@ -236,11 +236,12 @@ def _groups(config: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]
         yield from _groups(value, name)
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> list[str]:
+    """A field as its option is spelt, or one for each key of a dictionary."""
     value = canonical(value)
-    if isinstance(value, dict):
-        return ",".join(f"{key}:{share}" for key, share in value.items()) or "{}"
-    return ",".join(map(str, value)) or "()" if isinstance(value, list) else str(value)
+    if isinstance(value, dict) and value:
+        return [f"{name}.{key}={below}" for key, below in value.items()]
+    return [f"{name}={','.join(map(str, value)) or '()' if isinstance(value, list) else value}"]
 
 
 def _explain(error: Exception) -> tuple[int | None, str]:
