@@ -42,7 +42,7 @@ class Args:
 def main(args: Args, run: Run) -> dict[str, Any]:
     """Train one expert with GRPO; returns the stage's result."""
     from experiments import sft
-    from glm_jax.train import checkpoint
+    from glm_jax.train import checkpoint, loop
 
     folder = cli.given(args.from_, "a run that has been fine-tuned")
     settings = sft.expert(run, args.domain).grpo
@@ -50,6 +50,8 @@ def main(args: Args, run: Run) -> dict[str, Any]:
     if not checkpoint.committed(start):
         first = f"run experiments.sft --from {folder} --domain {args.domain} first, or give a stage's folder"
         raise ConfigError(f"{start} holds no checkpoint for RL to begin with; {first}")
+    if checkpoint.load_run(start)[1] == "sft" and not (start / loop.RESULT_FILE).exists():
+        raise ConfigError(f"{start} has not ended; run its experiments.sft again, which continues it")
     return train(
         run, settings, [(args.domain, level) for level in settings.levels], args.out or start.parent / "rl", start
     )
@@ -62,8 +64,6 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     from glm_jax import mesh
     from glm_jax.train import checkpoint, loop
 
-    if (out / loop.RESULT_FILE).exists():
-        return checkpoint.read_json(out / loop.RESULT_FILE)
     if jax.process_count() > 1:
         raise ConfigError(
             f"RL runs in one process so far, not in {jax.process_count()}; start one for all of its devices"
@@ -73,6 +73,9 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     loop.check_layout(run, *run.stages)
     if checkpoint.committed(out):
         loop.check_shape(run, out)
+    if (out / loop.RESULT_FILE).exists():
+        loop.check_ended(run, out)
+        return checkpoint.read_json(out / loop.RESULT_FILE)
     with checkpoint.sole_writer(out), jax.set_mesh(mesh.make(run.mesh)):
         checkpoint.save_run(out, run, "rl", data, after=start)
         learner = Learner(run, settings, sources, out, data, start)
@@ -137,6 +140,8 @@ class Learner:
                     self.save()
                 if stop:
                     raise KeyboardInterrupt
+            if asked():  # while the last step was saved
+                raise KeyboardInterrupt
         self.checkpoints.wait()
         steps = metrics.read(self.out / "log.jsonl", "step")
         tail = steps[-max(1, len(steps) // 10) :]

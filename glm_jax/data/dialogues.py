@@ -139,7 +139,7 @@ def prepare(out: Path, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, stag
     manifest = out / "manifest.json"
     if manifest.is_file():
         found = json.loads(manifest.read_text(encoding="utf-8"))["stages"][0]
-        if found != facts:
+        if any(found[name] != facts[name] for name in ("key", "seq_len", "vocab_size")):
             raise ConfigError(
                 f"{out} holds other dialogues (key {found['key']}, now {facts['key']}); use another folder or delete it"
             )

@@ -287,12 +287,17 @@ def _check(messages: Sequence[Message]) -> None:
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES:
             raise DialogueError(f"messages[{place}] has role={role!r}; {nearest(str(role), list(ROLES))}")
+        calls = message.get("tool_calls") or ()
+        if not isinstance(calls, list | tuple):
+            raise DialogueError(
+                f"messages[{place}] has tool_calls={calls!r}; give a list of calls, each with name and arguments"
+            )
         results = len(_results(message.get("content"))) if role == "tool" else 0
         if results > unanswered:
             raise DialogueError(
                 f"messages[{place}] is a tool's result without a call before it; put the call's turn first"
             )
-        unanswered = unanswered - results if role == "tool" else len(message.get("tool_calls") or ())
+        unanswered = unanswered - results if role == "tool" else len(calls)
 
 
 def _text(content: Any, where: str, listed: bool = True) -> str:

@@ -45,7 +45,7 @@ def train_stage(
     if checkpoint.committed(out):
         check_shape(run, out)
     if (out / RESULT_FILE).exists():
-        _check(run, out, "has ended", lambda path: path.startswith(_DECIDES_WEIGHTS))
+        check_ended(run, out)
         return checkpoint.read_json(out / RESULT_FILE)
     device_mesh = mesh.make(run.mesh)
     cfg = config.replace(run.model, rope_theta=stage.rope_theta)
@@ -112,8 +112,8 @@ class _Trainer:
         self.step = int(self.state.step)
         if step is not None:
             done, read = self.step - self.plan.first, self.batches.get_state()["microbatch"]
-            planned = self.plan[done].first_microbatch if done < len(self.plan) else self.plan.microbatches
-            if planned != read:
+            planned = self.plan[done].first_microbatch if 0 <= done < len(self.plan) else self.plan.microbatches
+            if planned != read or done < 0:
                 raise ConfigError(
                     f"{self.out} has read {read} microbatches by step {self.step}, where these settings would have read {planned}: "
                     "tokens or batch sizes have changed; give those that it was begun with, or another folder"
@@ -169,6 +169,8 @@ class _Trainer:
                 self._save()
             if stop:
                 raise KeyboardInterrupt
+        if asked():  # while the last step was saved
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -257,6 +259,11 @@ def check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -
     _check(run, folder, "is of another shape", lambda path: path in (fields or _SHAPE_FIELDS))
 
 
+def check_ended(run: Run, folder: Path) -> None:
+    """Refuse what was trained to its end in a stage's folder with settings that make other weights than those of `run`."""
+    _check(run, folder, "has ended", lambda path: path.startswith(_DECIDES_WEIGHTS))
+
+
 def _check(run: Run, folder: Path, what: str, matters: Callable[[str], bool]) -> None:
     saved, _, _ = checkpoint.load_run(folder)
     differ = {path: both for path, both in config.diff(run, saved).items() if matters(path)}
@@ -268,7 +275,10 @@ def _check(run: Run, folder: Path, what: str, matters: Callable[[str], bool]) ->
 _SHAPES = (*"VDLNKHFMEA", "dense_layers", "shared_experts", "mtp_layers", "qk_norm", "qkv_bias")
 _MODEL_FIELDS = tuple(f"model.{name}" for name in _SHAPES)
 _SHAPE_FIELDS = (*_MODEL_FIELDS, "optim.name", "optim.lm_head", "optim.router")
-_DECIDES_WEIGHTS = ("optim.", "schedule.", "loss.", "pretrain.", "midtrain.", "loop.seed")  # beside the shapes
+_DECIDES_WEIGHTS = (  # beside the shapes
+    "optim.", "schedule.", "loss.", "pretrain.", "midtrain.", "loop.seed", "model.init_std", "model.norm_eps",
+    "model.routed_scale", "model.rope_fraction", "model.balance_on", "model.dtype",
+)  # fmt: skip
 
 
 def _knobs(planned: Step) -> Knobs:

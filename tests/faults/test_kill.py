@@ -99,7 +99,12 @@ def _command(out: Path, *options: str) -> list[str]:
 
 def _start(out: Path) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(_command(out), env=ENVIRONMENT, **quiet)
+    return subprocess.Popen(_command(out), env=ENVIRONMENT, preexec_fn=_listen, **quiet)
+
+
+def _listen() -> None:
+    """To Ctrl-C, whatever began the tests: a shell lets what it puts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _kill_when(out: Path, now: Callable[[], bool], how: signal.Signals) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import grpo, posttrain, recipes, sft, unify
+from experiments import grpo, midtrain, posttrain, pretrain, recipes, sft, unify
 from glm_jax import envs
 from glm_jax.config import ConfigError, Evaluation, Unify, replace
 from glm_jax.envs.reasoning import Reasoning
@@ -73,6 +73,29 @@ def test_rl_does_not_begin_with_a_model_that_has_not_been_fine_tuned(tmp_path):
         grpo.main(grpo.Args(tmp_path, "agent"), recipes.get("tiny"))
 
 
+def test_rl_does_not_begin_with_a_model_that_is_being_fine_tuned(tmp_path):
+    run, folder = recipes.get("tiny"), tmp_path / "agent" / "sft"
+    checkpoint.save_run(folder, run, "sft", tmp_path)
+    (folder / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"agent/sft has not ended; run its experiments\.sft again"):
+        grpo.main(grpo.Args(tmp_path, "agent"), run)
+
+
+def test_mid_training_passes_over_what_has_ended_on_its_way_to_another_stage(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(pretrain, "train", lambda run, stage, out, start, data: trained.append(stage.name))
+    run = recipes.get("glm45")
+    names = [stage.name for stage in run.midtrain]
+    for ended in range(len(names)):
+        midtrain.main(midtrain.Args(tmp_path), run)
+        assert trained == names[ended:]
+        trained.clear()
+        (tmp_path / names[ended]).mkdir()
+        checkpoint.write_json(tmp_path / names[ended] / "result.json", {})
+    midtrain.main(midtrain.Args(tmp_path), run)  # each checks its settings
+    assert trained == names
+
+
 def test_fine_tuning_is_checkpointed_as_often_as_its_run():
     run = replace(recipes.get("tiny"), **{"loop.checkpoint_every": 7})
     assert sft.as_stage(run, run.post.unify.sft, 100, 1e6)[0].loop.checkpoint_every == 7
@@ -109,6 +132,7 @@ def test_dialogues_are_read_line_by_line_whatever_ends_a_line_within_them(tmp_pa
         ('{"messages": [], "enable_thinking": "false"}', "is no dialogue; a line is"),
         ('{"messages": [{"role": "human", "content": "x"}]}', "role='human'"),
         ('{"messages": [7]}', r"messages\[0\]"),
+        ('{"messages": [{"role": "assistant", "tool_calls": 5}]}', r"messages\[0\] has tool_calls=5"),
     ],
 )
 def test_a_line_that_is_no_dialogue_is_named(tmp_path, tokenizer, line, told):
