@@ -64,18 +64,15 @@ def train(run: Run, settings: GRPO, sources: Sequence[tuple[str, int]], out: Pat
     from glm_jax import mesh
     from glm_jax.train import checkpoint, loop
 
+    before, name, data = checkpoint.load_run(start)
+    run = as_stage(run, settings, before.stage(name).rope_theta)
+    if result := loop.ended(run, out):
+        return result
     if jax.process_count() > 1:
         raise ConfigError(
             f"RL runs in one process so far, not in {jax.process_count()}; start one for all of its devices"
         )
-    before, name, data = checkpoint.load_run(start)
-    run = as_stage(run, settings, before.stage(name).rope_theta)
     loop.check_layout(run, *run.stages)
-    if checkpoint.committed(out):
-        loop.check_shape(run, out)
-    if (out / loop.RESULT_FILE).exists():
-        loop.check_ended(run, out)
-        return checkpoint.read_json(out / loop.RESULT_FILE)
     with checkpoint.sole_writer(out), jax.set_mesh(mesh.make(run.mesh)):
         checkpoint.save_run(out, run, "rl", data, after=start)
         learner = Learner(run, settings, sources, out, data, start)

@@ -31,14 +31,14 @@ def main(args: Args, run: Run) -> list[dict[str, Any]]:
     whose settings may be others."""
     from glm_jax.train import checkpoint, loop
 
-    start = pretrain.run_folder(args.from_) if args.from_ else args.out
+    start, data = pretrain.run_folder(args.from_) if args.from_ else args.out, pretrain.given_rows(args.data_folder)
     found = [(args.out or start or Path()) / stage.name / loop.RESULT_FILE for stage in run.midtrain]
     results, left = [], not all(result.exists() for result in found)
     for stage, result in zip(run.midtrain, found, strict=True):
         if left and result.exists():
             results.append(checkpoint.read_json(result))
         else:
-            results.append(pretrain.train(run, stage, args.out, start, pretrain.given_rows(args.data_folder)))
+            results.append(pretrain.train(run, stage, args.out, start, data))
         start = args.out or start
     return results
 

@@ -163,9 +163,8 @@ def as_stage(run: Run, settings: SFT, rows: int, rope_theta: float) -> tuple[Run
 def read(path: Path, tokenizer: "Tokenizer") -> list["Dialogue"]:
     """Dialogues of a file of JSON lines; an error names the line. Empty lines are passed over."""
     found = []
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8").split("\n"), start=1
-    ):  # JSON's strings may hold others
+    lines = path.read_text(encoding="utf-8").split("\n")  # JSON's strings may hold what else ends a line
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 found.append(_dialogue(json.loads(line), tokenizer))
@@ -180,11 +179,8 @@ def _dialogue(record: Any, tokenizer: "Tokenizer") -> "Dialogue":
     """The dialogue that a line of the file tells; ConfigError where it is none, or none that the template can render."""
     from glm_jax.data.dialogues import Dialogue
 
-    messages, tools, thinking = (
-        (record.get(name) for name in ("messages", "tools", "enable_thinking"))
-        if isinstance(record, dict)
-        else [None] * 3
-    )
+    given = record if isinstance(record, dict) else {}
+    messages, tools, thinking = (given.get(name) for name in ("messages", "tools", "enable_thinking"))
     if not isinstance(messages, list) or not isinstance(tools, list | None) or not isinstance(thinking, bool | None):
         form = '{"messages": [...], "tools": [...]?, "enable_thinking": true|false?}'
         raise ConfigError(f"{json.dumps(record, ensure_ascii=False)[:80]} is no dialogue; a line is {form}")

@@ -26,7 +26,6 @@ class Sweep:
                 raise ConfigError(
                     f'grids={self.grids!r} must be a tuple of dictionaries of tuples: ({{"optim.momentum": (0.9, 0.95)}},)'
                 )
-
         seeds, stages = self.seeds, self.stages
         if not isinstance(seeds, tuple) or not seeds or not all(isinstance(seed, int) for seed in seeds):
             raise ConfigError(f"seeds={seeds!r} must be a tuple of integers: (0, 1, 2)")

@@ -37,9 +37,7 @@ class Dialogue:
     messages: tuple[dict, ...]
     tools: tuple[dict, ...] | None = None
     enable_thinking: bool = True
-    ids: tuple[int, ...] | None = (
-        None  # its own tokens where they are known, as of a sampled dialogue: never rendered again
-    )
+    ids: tuple[int, ...] | None = None  # its tokens where they are known, as a sampled one's: never rendered again
     trained: tuple[bool, ...] | None = None
 
     def tokens(self, tokenizer: Tokenizer) -> Rendered:

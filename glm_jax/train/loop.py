@@ -42,11 +42,8 @@ def train_stage(
     called again, it ends in the same bits. `measure` names what `evaluate` returns. ConfigError where these settings cannot go
     on from what is there, or it has ended with other ones; FloatingPointError where the loss is no number.
     """
-    if checkpoint.committed(out):
-        check_shape(run, out)
-    if (out / RESULT_FILE).exists():
-        check_ended(run, out)
-        return checkpoint.read_json(out / RESULT_FILE)
+    if result := ended(run, out):
+        return result
     device_mesh = mesh.make(run.mesh)
     cfg = config.replace(run.model, rope_theta=stage.rope_theta)
     specs = model.specs(cfg)
@@ -63,6 +60,17 @@ def train_stage(
             return trainer.train(evaluate)
         finally:
             trainer.close()
+
+
+def ended(run: Run, out: Path) -> dict[str, Any] | None:
+    """The result of a stage that has ended in the folder `out`. ConfigError where what is there has another shape than `run` gives,
+    or has ended with settings that make other weights."""
+    if checkpoint.committed(out):
+        _check_shape(run, out)
+    if not (out / RESULT_FILE).exists():
+        return None
+    _check(run, out, "has ended", lambda path: path.startswith(_DECIDES_WEIGHTS))
+    return checkpoint.read_json(out / RESULT_FILE)
 
 
 def check_layout(run: Run, *stages: Stage) -> None:
@@ -199,7 +207,7 @@ class _Trainer:
         record |= {"seconds": round(self.seconds, 3)}
         record |= metrics.load_record(values["load_LE"])
         where = f"step {step} of {self.stage.name}"
-        rate = "schedule.peak_lr" if self.run.pretrain else "the peak_lr of its sft settings"
+        rate = "sft's peak_lr" if self.stage.name in checkpoint.POST_TRAINING else "schedule.peak_lr"
         metrics.check_finite(record, where, self.checkpoints.latest(), rate)
         assert self.log is not None
         self.log.step(record, record["tokens_seen"] - self.run.tokens_before(self.stage.name))
@@ -236,7 +244,7 @@ class _Trainer:
 
 def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, start: Path) -> state.State:
     """The last state of an earlier stage's folder, after checking that it is of the same shape."""
-    check_shape(run, start)
+    _check_shape(run, start)
     before = checkpoint.Checkpoints(start)
     try:
         step = before.latest()
@@ -249,19 +257,14 @@ def _from_stage(run: Run, cfg: config.Model, tx: optax.GradientTransformation, s
 
 def from_weights(run: Run, tx: optax.GradientTransformation, folder: Path) -> state.State:
     """A new beginning at step 0, with the parameters and router bias of a stage's folder."""
-    check_shape(run, folder, _MODEL_FIELDS)
+    _check_shape(run, folder, _MODEL_FIELDS)
     _, params, router_bias_LE, _ = checkpoint.load_params(folder)
     return state.State(jnp.zeros((), jnp.int32), params, router_bias_LE, jax.jit(tx.init)(params))  # pyright: ignore[reportArgumentType] (as in state.py)
 
 
-def check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
+def _check_shape(run: Run, folder: Path, fields: tuple[str, ...] | None = None) -> None:
     """Refuse the checkpoints of a stage's folder whose arrays, by `fields` all of them, are not those of `run`."""
     _check(run, folder, "is of another shape", lambda path: path in (fields or _SHAPE_FIELDS))
-
-
-def check_ended(run: Run, folder: Path) -> None:
-    """Refuse what was trained to its end in a stage's folder with settings that make other weights than those of `run`."""
-    _check(run, folder, "has ended", lambda path: path.startswith(_DECIDES_WEIGHTS))
 
 
 def _check(run: Run, folder: Path, what: str, matters: Callable[[str], bool]) -> None:
