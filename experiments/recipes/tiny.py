@@ -98,20 +98,20 @@ def smoke() -> Run:
     )
     general = replace(full.post.unify.grpo, **{**grpo, "hard_share": 0.0})
     unify = replace(full.post.unify, prompts=16, sft=replace(full.post.unify.sft, **sft), grpo=general)
-    post = Posttrain(experts=experts, unify=unify, evaluation=replace(full.post.evaluation, tasks=16))
+    post = Posttrain(experts=experts, unify=unify, evaluation=replace(full.post.evaluation, tasks=8))
     return replace(
         full,
         **{
             "name": "smoke",
             "model.L": 3,
-            "schedule.batch_ramp_tokens": 40_960,
-            "pretrain.0.tokens": 81_920,
-            "pretrain.1.tokens": 81_920,
+            "schedule.batch_ramp_tokens": 8192,
+            "pretrain.0.tokens": 40_960,
+            "pretrain.1.tokens": 40_960,
             "midtrain.0.tokens": 40_960,
-            "schedule.warmup_tokens": 16_384,
-            "schedule.mtp_switch_tokens": 81_920,
-            "schedule.bias_freeze_tokens": 200_704,
-            "loop.eval_bytes": 20_000,
+            "schedule.warmup_tokens": 8192,
+            "schedule.mtp_switch_tokens": 40_960,
+            "schedule.bias_freeze_tokens": 90_112,
+            "loop.eval_bytes": 4000,
             "post": post,
             "post.experts.0.sft.dialogues": 200,  # enough for the format, so that unification has something to teach
             "post.experts.0.sft.epochs": 6.0,

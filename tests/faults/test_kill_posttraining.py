@@ -1,10 +1,11 @@
 """The story to its end, killed with SIGKILL in every stage of post-training and started again, ends as if nobody had.
 
 A run with one expert: SFT, RL, the control, scores, rejection sampling, unification. What two whole runs of one seed must
-have in common is held on the way.
+have in common is held on the way. What lies before post-training both have of the first.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +27,9 @@ from glm_jax.config import replace
 
 cli.configure_jax()
 run = recipes.get("smoke")
-changes = {"schedule.warmup_tokens": 8192, "schedule.mtp_switch_tokens": 40_960, "schedule.bias_freeze_tokens": 90_112}
-changes |= {"pretrain.0.tokens": 40_960, "pretrain.1.tokens": 40_960, "midtrain.0.tokens": 40_960}
-changes |= {"schedule.batch_ramp_tokens": 8192, "loop.eval_bytes": 4000, "post.evaluation.tasks": 8}
-changes |= {"post.experts": run.post.experts[:1]}
-quickstart.main(quickstart.Args(out=Path(sys.argv[1])), replace(run, **changes))
+quickstart.main(quickstart.Args(out=Path(sys.argv[1])), replace(run, **{"post.experts": run.post.experts[:1]}))
 """
+BEFORE = ("data", "stage1", "stage2", "midtrain")  # killed elsewhere: test_kill.py, test_data_prepare.py
 MOMENTS = ("reasoning/sft", "reasoning/rl", "reasoning/control", "scores", "unified/sft", "unified/rl")
 TIMES = {
     "seconds",
@@ -47,6 +45,8 @@ TIMES = {
 def test_killed_in_every_stage_it_ends_with_the_same_weights_and_figures(tmp_path: Path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert _start(whole).wait() == 0
+    for name in BEFORE:
+        shutil.copytree(whole / name, killed / name)
     for moment in MOMENTS:
         _kill_in(killed, moment)
     assert _start(killed).wait() == 0

@@ -12,7 +12,7 @@ THREADS_PER_DEVICE = 4
 
 def environment(devices: int = 8) -> dict[str, str]:
     """This process's environment, for one with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     fixed = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": str(THREADS_PER_DEVICE * devices)}
     return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ | fixed  # as in conftest.py
 
