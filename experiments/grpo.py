@@ -152,11 +152,12 @@ class Learner:
         return result
 
     def policy(self) -> "Policy":
-        """The model as it now is, ready to answer: sampler and trainer share one forward."""
+        """The model as it now is, ready to answer: sampler and trainer share one forward, but for the bits of its matrices."""
         from glm_jax.rl.rollout import Policy
         from glm_jax.sample.weights import prepare
 
-        return Policy(self.cfg, prepare(self.cfg, self.state.params), self.state.router_bias_LE, self.tokenizer)
+        params = prepare(self.cfg, self.state.params, self.settings.rollouts_in_8_bits)
+        return Policy(self.cfg, params, self.state.router_bias_LE, self.tokenizer)
 
     def learn(self, found: "Collected") -> dict[str, Any]:
         """Optimizer steps on the groups that vary; returns their means for the log. Without any, nothing moves."""

@@ -20,6 +20,7 @@ from glm_jax import config
 from glm_jax.cast import Beside, cast
 from glm_jax.config import ConfigError
 from glm_jax.spec import Spec, leaves
+from pallas_kernels.fp8 import Quantized
 
 PIPELINE, FSDP, CONTEXT, EXPERT, TENSOR = "pipeline", "fsdp", "context", "expert", "tensor"
 AXES = ("data", PIPELINE, FSDP, CONTEXT, EXPERT, TENSOR)
@@ -230,10 +231,12 @@ def gather(params: Any, specs: Any, dtype: Any) -> Any:
     """The FSDP gather, in sight: a layer's weights from their layout at rest to the one in use, cast to `dtype` on the way.
     A gradient is scattered as it is summed: no device ever has the whole sum.
 
-    Experts stay as they lie: they are gathered where their tokens are, in `parallel.expert`.
+    Experts stay as they lie: they are gathered where their tokens are, in `parallel.expert`. So do a sampler's weights of 8 bits.
     """
 
-    def use(spec: Spec, w: Array | Beside) -> Array:
+    def use(spec: Spec, w: Array | Beside | Quantized) -> Array | Quantized:
+        if isinstance(w, Quantized):
+            return w
         w = cast(w, spec, dtype)
         return w if not active() or "E" in spec.batch else _gathered(w, in_use(spec))
 
@@ -373,6 +376,12 @@ def per_shard(fn: Callable, ins: Sequence[str], outs: str | tuple[str, ...]) -> 
         return jax.shard_map(fn, in_specs=layouts, out_specs=jax.tree.map(activation, outs))(*arrays)
 
     return run
+
+
+def copied_as(z: Array, x: Array) -> Array:
+    """Inside `per_shard`: `z`, the same on all devices, as one that varies where `x` does: a kernel's inputs vary alike."""
+    missing = jax.typeof(x).manual_axis_type.varying - jax.typeof(z).manual_axis_type.varying
+    return jax.lax.pcast(z, tuple(axis for axis in AXES if axis in missing), to="varying") if missing else z
 
 
 def row(z: Array) -> Array:

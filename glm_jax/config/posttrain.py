@@ -68,6 +68,7 @@ class GRPO:
     clip_high: float = 0.28
     std_normalize: bool = False  # advantages divided by the group's standard deviation
     aggregate: Literal["token", "sequence"] = "token"  # mean over tokens, or over answers of each one's mean
+    rollouts_in_8_bits: bool = False  # answers are drawn with FP8 matrices; ratios are to their policy
     routing_replay: bool = True  # training takes the experts that sampling took: near-ties would differ, and the ratios
     updates: int = 1  # optimizer steps on the answers of one sampling
     hard_share: float = 0.25  # last share of the steps, on problems with pass@k = 0 and pass@K > 0; 0: no second stage

@@ -66,7 +66,13 @@ def _lines(ax: Axes, rl: Sequence[Trained], story: Story, field: str, *, learnin
         steps = [step for step in each.steps if step["groups_varying"] or not learning]
         _smoothed(ax, each, story, steps, np.array([step[field] for step in steps], float))
     ax.set_ylim(bottom=0)
-    ax.legend(ncols=2)
+    _legend(ax)
+
+
+def _legend(ax: Axes, **how: Any) -> None:
+    """Of what is drawn: a run without anything to learn draws nothing, and a legend of nothing is a warning."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(ncols=2, **how)
 
 
 def _smoothed(ax: Axes, each: Trained, story: Story, steps: Sequence[dict[str, Any]], values: np.ndarray) -> None:
@@ -115,7 +121,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
             fontsize=7.5, color=MUTED,
         )  # fmt: skip
     ax.set_ylim(least / 10, 4 * MOST_MISMATCH["max"])  # room for the legend below
-    ax.legend(ncols=2, loc="lower right")
+    _legend(ax, loc="lower right")
 
 
 def _validation(ax: Axes, tuned: Sequence[Trained], story: Story) -> None:

@@ -9,19 +9,25 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from glm_jax import mesh
+from pallas_kernels import fp8
 from pallas_kernels.choose import platform
+from pallas_kernels.fp8 import Quantized
 
 FEW_TOKENS = 32
 
 
-def project(x_BTD: Array, w: Array, ins: int = 1, dtype: Any = None, to: str = "") -> Array:
+def project(x_BTD: Array, w: Array | Quantized, ins: int = 1, dtype: Any = None, to: str = "") -> Array:
     """x's last `ins` dimensions times a weight's first, the weight's others in their place: [B, T, D] with [D, N, H] is [B, T, N, H].
     `to` names the result's letters where what is summed over may lie on several devices.
 
     Of few tokens a CPU's time goes in reading the weight, and it reads a product's first factor once, in order, where the second
     is copied first: there the weight comes first (and sampling holds it so that its inputs lie side by side). Of many, tokens are
     one dimension there: sums over two of them, which gradients of weights are, would be transposed first.
+
+    A weight of 8 bits, which only sampling has, is multiplied by x's numbers rounded to 8 bits too.
     """
+    if isinstance(w, Quantized):
+        return _in_8_bits(x_BTD, w, ins)
     layout = mesh.out_sharding(to) if to else None
     many = x_BTD.size > FEW_TOKENS * math.prod(w.shape[:ins])
     # tokens that lie on several devices in both dimensions are not one
@@ -51,6 +57,20 @@ def _with_tokens_in_one(x_BTD: Array, w: Array, ins: int, dtype: Any, layout: Pa
     back = PartitionSpec(*jax.typeof(x_BTD).sharding.spec[:tokens], *jax.typeof(y_XE).sharding.spec[1:])
     shape = *x_BTD.shape[:tokens], *w.shape[ins:]
     return jax.lax.reshape(y_XE, shape, out_sharding=back if mesh.active() else None)
+
+
+def _in_8_bits(x_BTD: Array, w: Quantized, ins: int) -> Array:
+    """The product with a weight that every device has whole, as `sample.weights` quantises it: as one matrix."""
+    into, outs = w.value.shape[:ins], w.value.shape[ins:]
+    whole, split = "BTDD"[: 2 + ins], "BTD" if len(outs) == 1 else "BTNH"
+
+    def product(x_BTD: Array, value: Array, scale: Array) -> Array:
+        matrix = Quantized(value.reshape(math.prod(into), math.prod(outs)), scale)
+        matrix = jax.tree.map(lambda z: mesh.copied_as(z, x_BTD), matrix)
+        y_XE = fp8.matmul(x_BTD.reshape(-1, math.prod(into)), matrix)
+        return y_XE.reshape(*x_BTD.shape[:-ins], *outs)
+
+    return mesh.per_shard(product, (whole, "", ""), split)(mesh.constrain(x_BTD, whole), *w)
 
 
 def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:

@@ -42,7 +42,7 @@ def routed_experts(
     layer, how = (gate_EDM, up_EDM, down_EMD), (implementation, dispatch)
     if not mesh.active():
         return _local(how, (), x_BTD, experts_BTA, weights_BTA, *layer)
-    tokens, layouts = mesh.activation("BTD"), tuple(jax.typeof(w).sharding.spec for w in layer)
+    tokens, layouts = mesh.activation("BTD"), jax.tree.map(lambda w: jax.typeof(w).sharding.spec, layer)
     run = partial(_local, how, (tokens, *layouts))
     local = jax.shard_map(run, in_specs=(tokens,) * 3 + layouts, out_specs=tokens)
     return local(x_BTD, experts_BTA, weights_BTA, *layer)
@@ -70,7 +70,10 @@ def _local(
         tokens, *of_weights = layouts
         over = mesh.axes_of(tokens)
         D_of = (1, 1, 2)  # the dimension that is split between steps
-        gate_EDM, up_EDM, down_EMD = (_whole(*one, over) for one in zip(layer, of_weights, D_of, strict=True))
+        gate_EDM, up_EDM, down_EMD = (
+            jax.tree.map(partial(_whole, D=D, over=over), w, layout)  # 8-bit weights are two arrays of one layout
+            for w, layout, D in zip(layer, of_weights, D_of, strict=True)
+        )
         layer = gate_EDM, up_EDM, down_EMD
     tokens_BT = x_BTD, experts_BTA, weights_BTA
     x_XD, experts_XA, weights_XA = (collectives.copied(z.reshape(-1, z.shape[-1])) for z in tokens_BT)

@@ -9,7 +9,7 @@ from jax import Array
 
 from glm_jax import mesh
 from glm_jax.parallel import collectives
-from glm_jax.parallel.products import Layer, Products, Tokens
+from glm_jax.parallel.products import Layer, Products, Tokens, experts_of
 
 
 def forward(products: Products, layer: Layer, tokens: Tokens) -> Array:
@@ -28,4 +28,4 @@ def _gathered(layer: Layer, tokens: Tokens) -> Tokens:
     if not mesh.active():
         return tokens
     x_XD, experts_XA, weights_XA = map(collectives.gathered, tokens)
-    return x_XD, experts_XA - jax.lax.axis_index(mesh.EXPERT) * len(layer[0]), weights_XA
+    return x_XD, experts_XA - jax.lax.axis_index(mesh.EXPERT) * experts_of(layer), weights_XA

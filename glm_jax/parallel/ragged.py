@@ -26,7 +26,7 @@ from jax import Array
 
 from glm_jax import mesh
 from glm_jax.parallel.exchange import ragged_all_to_all
-from glm_jax.parallel.products import ROOM, Layer, Products, Tokens
+from glm_jax.parallel.products import ROOM, Layer, Products, Tokens, experts_of
 from pallas_kernels.routing import position_map, row_order
 
 TILE = 1024  # tokens whose choices the kernels add at once: room is a multiple, where it is more
@@ -89,8 +89,8 @@ def rows(tokens: int, choices: int, experts: int, devices: int) -> tuple[int, in
 def _route(layer: Layer, tokens: Tokens) -> Route:
     _, experts_XA, _ = tokens
     (X, A), devices = experts_XA.shape, mesh.axis_size(mesh.EXPERT)
-    most, room = rows(X, A, devices * len(layer[0]), devices)
-    device_XA = experts_XA // len(layer[0])
+    most, room = rows(X, A, devices * experts_of(layer), devices)
+    device_XA = experts_XA // experts_of(layer)
     before_AA = jnp.tri(A, k=-1, dtype=bool)
     first_XA = ~((device_XA[:, :, None] == device_XA[:, None, :]) & before_AA).any(axis=2)
     position_R, count_J = position_map(jnp.where(first_XA, device_XA, devices).reshape(-1), devices)
@@ -123,7 +123,7 @@ def _arrived(route: Route, layer: Layer, tokens: Tokens, there: Moves) -> Tokens
     choices_X2A = jnp.concatenate([experts_XA + 1, bits_XA], axis=1)  # one message, for TPU pads a row to 128 words
     x_ZD, choices_Z2A = (_sent(route, z, there) for z in (x_XD, choices_X2A))
     numbers_ZA, bits_ZA = jnp.split(choices_Z2A, 2, axis=1)
-    first = 1 + jax.lax.axis_index(mesh.EXPERT) * len(layer[0])
+    first = 1 + jax.lax.axis_index(mesh.EXPERT) * experts_of(layer)
     return x_ZD, numbers_ZA - first, jax.lax.bitcast_convert_type(bits_ZA, jnp.float32)
 
 

@@ -220,14 +220,16 @@ class Session:
                 )
 
 
-def traced(cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: int, new: int) -> jax.stages.Traced:
+def traced(
+    cfg: Model, what: Literal["prefill", "decode"], rows: int, prompt: int, new: int, in_8_bits: bool = False
+) -> jax.stages.Traced:
     """A program of a turn on the mesh that is set, whose devices need not be here: it reads `prompt` tokens of every row, or
-    draws `new`, one after another. Sizes as `generate` rounds them up."""
+    draws `new`, one after another. Sizes as `generate` rounds them up; `in_8_bits` as `prepare` has it."""
 
     def shaped(make: Callable) -> Any:
         return mesh.concrete(jax.eval_shape(make))
 
-    by = shaped(lambda: (prepare(cfg, model.init(cfg, jax.random.key(0))[0]), model.router_bias(cfg)))
+    by = shaped(lambda: (prepare(cfg, model.init(cfg, jax.random.key(0))[0], in_8_bits), model.router_bias(cfg)))
     ints_B, alive_B = shaped(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)))
     ids_BT, rules, until = shaped(lambda: (jnp.zeros((rows, prompt), jnp.int32), _rules(Sampling()), jnp.int32(0)))
     begin = (new, prompt + new), *by, None, (ids_BT, ints_B), (ints_B, alive_B, None), rules

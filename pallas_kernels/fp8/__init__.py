@@ -5,13 +5,14 @@ quantised when they come, each with a scale for every 128 of its numbers. The de
 stand for: every implementation rounds once, to x's dtype, beside float32 sums. Nothing here is differentiable.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.choose import choose
-from pallas_kernels.fp8 import reference, tpu, xla
-from pallas_kernels.fp8.blocks import BLOCK, E4M3, LARGEST, Quantized, dequantize
+from pallas_kernels.fp8 import experts, reference, tpu, xla
+from pallas_kernels.fp8.blocks import BLOCK, E4M3, LARGEST, Quantized, dequantize, quantize, quantize_rows
 
 __all__ = [
     "BLOCK",
@@ -19,6 +20,7 @@ __all__ = [
     "LARGEST",
     "Quantized",
     "dequantize",
+    "expert_mlp",
     "grouped_matmul",
     "matmul",
     "quantize",
@@ -26,19 +28,6 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla, "tpu": tpu}
-
-
-def quantize(w_DM: Float[Array, "*E D M"]) -> Quantized:
-    """Matrices in blocks of 128 x 128 (narrower at the right and the lower edge), each scaled so that its largest number
-    becomes the largest of e4m3, 448. Any number of batch dimensions. Raises ValueError for what is no matrix."""
-    if w_DM.ndim < 2:
-        raise ValueError(f"fp8.quantize: w {w_DM.shape} must be matrices, [..., D, M]; rows of x are quantize_rows'")
-    return _quantize(w_DM, (BLOCK, BLOCK))
-
-
-def quantize_rows(x_XD: Float[Array, "X D"]) -> Quantized:
-    """Rows with a scale for each 128 of their numbers. NaN or infinity in a row makes that row's block NaN, and no other's."""
-    return _quantize(x_XD, (1, BLOCK))
 
 
 def matmul(x_XD: Float[Array, "X D"], w: Quantized, *, implementation: str | None = None) -> Float[Array, "X M"]:
@@ -63,19 +52,38 @@ def grouped_matmul(
     return module.grouped_matmul(quantize_rows(x_RD), w, group_sizes_E, x_RD.dtype)
 
 
-def _quantize(z: Array, block: tuple[int, int]) -> Quantized:
-    *batch, rows, columns = z.shape
-    counts = [-(-size // step) for size, step in zip((rows, columns), block, strict=True)]
-    padding = [(0, n * step - size) for n, step, size in zip(counts, block, (rows, columns), strict=True)]
-    padded = jnp.pad(z.astype(jnp.float32), [(0, 0)] * len(batch) + padding)
-    blocks = padded.reshape(*batch, counts[0], block[0], counts[1], block[1])
-    largest = jnp.abs(blocks).max((-3, -1), keepdims=True)
-    scale = jnp.maximum(largest, LARGEST * jnp.finfo(jnp.float32).tiny) / LARGEST  # a block of zeros has one too
-    value = (blocks / scale).astype(E4M3).reshape(padded.shape)[..., :rows, :columns]
-    return Quantized(value, scale.squeeze((-3, -1)))
+def expert_mlp(
+    x_XD: Float[Array, "X D"],
+    gate: Quantized,
+    up: Quantized,
+    down: Quantized,
+    experts_XA: Int[Array, "X A"],
+    weights_XA: Float[Array, "X A"],
+    *,
+    at_once: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "X D"]:
+    """`pallas_kernels.grouped_matmul.expert_mlp` with weights of 8 bits: a token's row is quantised once for all its experts, and
+    the hidden layer before the last product. Sums and SwiGLU are float32. Raises ValueError for shapes or dtypes that do not fit."""
+    for name, x_shape, w in (
+        ("gate", x_XD.shape, gate),
+        ("up", x_XD.shape, up),
+        ("down", (0, up.value.shape[-1]), down),
+    ):
+        _check(f"expert_mlp, {name}", jax.ShapeDtypeStruct(x_shape, x_XD.dtype), w, 3)
+    if experts_XA.ndim != 2 or experts_XA.shape != weights_XA.shape or len(experts_XA) != len(x_XD):
+        raise ValueError(
+            f"fp8.expert_mlp: experts {experts_XA.shape} and weights {weights_XA.shape} must both be [X, A] of x {x_XD.shape}"
+        )
+    if not gate.value.shape == up.value.shape == down.value.swapaxes(1, 2).shape:
+        raise ValueError(
+            f"fp8.expert_mlp: gate {gate.value.shape} and up {up.value.shape} must be [E, D, M], down {down.value.shape} [E, M, D]"
+        )
+    module = choose("fp8.expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate.value)
+    return experts.expert_mlp(module, x_XD, (gate, up, down), experts_XA.astype(jnp.int32), weights_XA, at_once)
 
 
-def _check(name: str, x: Array, w: Quantized, rank: int) -> None:
+def _check(name: str, x: Array | jax.ShapeDtypeStruct, w: Quantized, rank: int) -> None:
     *batch, D, M = w.value.shape if w.value.ndim >= 2 else (0, 0)
     blocks = (*batch, -(-D // BLOCK), -(-M // BLOCK))
     if x.ndim != 2 or w.value.ndim != rank or x.shape[1] != D or w.scale.shape != blocks:

@@ -48,7 +48,9 @@ def grouped_matmul(x: Quantized, w: Quantized, group_sizes_E: Array, dtype) -> A
     tile = min(TILE, pl.cdiv(rows, SUBLANES) * SUBLANES)
     width = _width(D, M)
     walk = visits(group_sizes_E, rows, tile, tail=True)
-    scale_ECM = jnp.repeat(w.scale, BLOCK, 2)  # a column's in its lane
+    scale_EC1M = jnp.repeat(w.scale, BLOCK, 2)[
+        :, :, None
+    ]  # a column's in its lane; a row is found by an address of its own
     widen, ordered = (_widened, _even_first) if by_words() else (_converted, jnp.asarray)
     return pl.pallas_call(
         partial(_kernel, groups=E, widen=widen),
@@ -60,7 +62,9 @@ def grouped_matmul(x: Quantized, w: Quantized, group_sizes_E: Array, dtype) -> A
                 pl.BlockSpec((tile, D), lambda n, v, bound, group, at, source, matrix: (source[v], 0)),
                 pl.BlockSpec((tile, D // BLOCK), lambda n, v, bound, group, at, source, matrix: (source[v], 0)),
                 pl.BlockSpec((1, D, width), lambda n, v, bound, group, at, source, matrix: (matrix[v], 0, n)),
-                pl.BlockSpec((1, D // BLOCK, width), lambda n, v, bound, group, at, source, matrix: (matrix[v], 0, n)),
+                pl.BlockSpec(
+                    (1, D // BLOCK, 1, width), lambda n, v, bound, group, at, source, matrix: (matrix[v], 0, 0, n)
+                ),
             ],
             out_specs=pl.BlockSpec((tile, width), lambda n, v, bound, group, at, source, matrix: (at[v], n)),
             scratch_shapes=[pltpu.VMEM((tile, width), F32)],
@@ -75,7 +79,7 @@ def grouped_matmul(x: Quantized, w: Quantized, group_sizes_E: Array, dtype) -> A
             transcendentals=0,
         ),
         interpret=pltpu.InterpretParams() if platform() == "cpu" else False,
-    )(*walk[:5], ordered(x.value.astype(jnp.bfloat16)), x.scale, w.value, scale_ECM)
+    )(*walk[:5], ordered(x.value.astype(jnp.bfloat16)), x.scale, w.value, scale_EC1M)
 
 
 def _even_first(x_XD: Array) -> Array:
@@ -111,7 +115,7 @@ def _add_block(widen, x_ref, x_scale_ref, w_ref, w_scale_ref, sum_ref, b) -> Non
         for left in range(0, width, COLUMN_STEP):
             columns = pl.ds(left, min(COLUMN_STEP, width - left))
             product = jnp.dot(x_ref[rows, k], widen(w_ref[k, columns]), preferred_element_type=F32)
-            sum_ref[rows, columns] += product * x_scale * w_scale_ref[pl.ds(b, 1), columns]
+            sum_ref[rows, columns] += product * x_scale * w_scale_ref[b, :, columns]
 
 
 def by_words() -> bool:

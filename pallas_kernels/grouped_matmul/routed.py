@@ -55,17 +55,17 @@ def expert_mlp(
 ) -> tuple[Array, Hidden | None]:
     """y_XD, and what the backward pass needs beside the inputs; nothing where rows come in passes of `at_once`."""
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
-    all_rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
+    all_rows = rows_of(experts_XA, weights_XA, gate_EDM.shape[0])
     source = _source(products, x_XD, gate_EDM)
 
     def add(rows: Rows, y_XD: Array) -> tuple[Array, Hidden]:
         hidden, active_RM = _gate_up(products, source, gate_EDM, up_EDM, rows)
         y_RD = products.gmm(active_RM, down_EMD, rows.size_E)
-        return _add_choices(y_XD, (y_RD,), rows, rows.weight_XA), hidden
+        return add_choices(y_XD, (y_RD,), rows, rows.weight_XA), hidden
 
     if at_once is None or at_once >= experts_XA.size:
         return add(all_rows, jnp.zeros_like(x_XD))
-    return _in_passes(all_rows, at_once, lambda rows, y_XD: add(rows, y_XD)[0], jnp.zeros_like(x_XD)), None
+    return in_passes(all_rows, at_once, lambda rows, y_XD: add(rows, y_XD)[0], jnp.zeros_like(x_XD)), None
 
 
 def expert_mlp_grad(
@@ -84,7 +84,7 @@ def expert_mlp_grad(
     """Gradients for x, in its type, for weights, in float32, and for the layer: added to `sums`, or in float32. Without `hidden` it is
     computed again."""
     gate_EDM, up_EDM, down_EMD = (w.astype(x_XD.dtype) for w in (gate_EDM, up_EDM, down_EMD))
-    all_rows = _rows(experts_XA, weights_XA, gate_EDM.shape[0])
+    all_rows = rows_of(experts_XA, weights_XA, gate_EDM.shape[0])
     dx_XD, dweight_XA = jnp.zeros_like(x_XD), jnp.zeros_like(all_rows.weight_XA)
     source = _source(products, x_XD, gate_EDM)
 
@@ -95,7 +95,7 @@ def expert_mlp_grad(
     if at_once is None or at_once >= experts_XA.size:
         return add(all_rows, (dx_XD, dweight_XA, sums))
     sums = sums or (jnp.zeros_like(gate_EDM), jnp.zeros_like(up_EDM), jnp.zeros_like(down_EMD))
-    return _in_passes(all_rows, at_once, add, (dx_XD, dweight_XA, sums))
+    return in_passes(all_rows, at_once, add, (dx_XD, dweight_XA, sums))
 
 
 def tgmm(products: ModuleType, x_RD: Array, y_RM: Array, group_sizes_E: Array, sums_EDM: Array | None) -> Array:
@@ -107,7 +107,8 @@ def tgmm(products: ModuleType, x_RD: Array, y_RM: Array, group_sizes_E: Array, s
     return (sums_EDM + products.tgmm(x_RD, y_RM, group_sizes_E)).astype(sums_EDM.dtype)
 
 
-def _rows(experts_XA: Array, weights_XA: Array, groups: int) -> Rows:
+def rows_of(experts_XA: Array, weights_XA: Array, groups: int) -> Rows:
+    """All of them; an expert outside 0..groups - 1 is not here."""
     position_R, size_E = position_map(experts_XA.reshape(-1), groups)
     order_R = row_order(position_R)
     here_XA = (experts_XA >= 0) & (experts_XA < groups)
@@ -117,7 +118,7 @@ def _rows(experts_XA: Array, weights_XA: Array, groups: int) -> Rows:
     return Rows(token_R, position_XA, here_XA, weight_R, weight_XA, size_E)
 
 
-def _in_passes(rows: Rows, at_once: int, add: Callable[[Rows, Any], Carry], carry: Carry) -> Carry:
+def in_passes(rows: Rows, at_once: int, add: Callable[[Rows, Any], Carry], carry: Carry) -> Carry:
     """`carry = add(rows, carry)` for `at_once` rows after the other, until those of the experts here are done: how many passes
     that takes is known on the device alone."""
     end_E, left = jnp.cumsum(rows.size_E), -len(rows.token_R) % at_once
@@ -158,7 +159,7 @@ def _add_gradients(
         dx_RDs = (own.rows_grad(dgate_RM, dup_RM, gate_EDM, up_EDM, size_E),)
     else:  # two arrays of x's dtype: their sum in float32 would be as large as both, and a third
         dx_RDs = (products.gmm_t(dz, w, size_E) for dz, w in ((dgate_RM, gate_EDM), (dup_RM, up_EDM)))
-    dx_XD = _add_choices(dx_XD, tuple(dx_RDs), rows, jnp.ones_like(rows.weight_XA))
+    dx_XD = add_choices(dx_XD, tuple(dx_RDs), rows, jnp.ones_like(rows.weight_XA))
     dgate_RM, dup_RM, dx_XD = jax.lax.optimization_barrier((dgate_RM, dup_RM, dx_XD))
     x_RD = x_XD[rows.token_R]
     dgate_EDM = tgmm(products, x_RD, dgate_RM, size_E, gate_sums)
@@ -210,7 +211,7 @@ def _hidden_grad(
     return dgate_RM, dup_RM, scaled_RM, (silu_RM * up_RM * dactive_RM).sum(1)
 
 
-def _add_choices(onto_XD: Array, of_rows: tuple[Array, ...], rows: Rows, weight_XA: Array) -> Array:
+def add_choices(onto_XD: Array, of_rows: tuple[Array, ...], rows: Rows, weight_XA: Array) -> Array:
     """Onto each token the weighted sum of its rows, added in float32: a choice at a time, so that no [X,A,D] is ever stored, and
     of a few tokens at a time: the compilers gather all choices' rows before they add them."""
 

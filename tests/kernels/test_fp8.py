@@ -86,6 +86,50 @@ def test_weights_widened_by_words_are_the_same(monkeypatch):
     np.testing.assert_allclose(np.asarray(got, np.float64) / size, want / size, atol=8 * TOLERANCE["float32"], rtol=0)
 
 
+@partial(jax.jit, static_argnames=("at_once", "implementation"))
+def mlp(x, layer, experts, weights, at_once=None, implementation=None):
+    return fp8.expert_mlp(x, *layer, experts, weights, at_once=at_once, implementation=implementation)
+
+
+def layer_and_choices(X=24, D=140, M=130, E=5, A=2, seed=0):
+    """Tokens, a layer in 8 bits, distinct choices of which some are another device's, and weights."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(X, D)), "float32")
+    shapes = (E, D, M), (E, D, M), (E, M, D)
+    layer = tuple(fp8.quantize(jnp.asarray(rng.normal(size=shape) / shape[1] ** 0.5, "float32")) for shape in shapes)
+    experts = np.stack([rng.choice(np.arange(-1, E + 1), A, replace=False) for _ in range(X)])
+    return x, layer, jnp.asarray(experts, jnp.int32), jnp.asarray(rng.random((X, A)), "float32")
+
+
+def narrow():
+    """Tokens, and a layer whose last matrix is of fewer experts."""
+    (x, (gate, up, _), *_), (_, (*_, down), *_) = layer_and_choices(M=7), layer_and_choices(M=7, E=4)
+    return x, (gate, up, down)
+
+
+def by_token(x, layer, experts, weights):
+    """Choice by choice in float64, rounded to 8 bits where the layer rounds."""
+    rows, (gate, up, down) = stands_for(fp8.quantize_rows(x)), map(stands_for, layer)
+    y = np.zeros(x.shape)
+    for t, a in np.argwhere((np.asarray(experts) >= 0) & (np.asarray(experts) < len(gate))):
+        e = experts[t, a]
+        g = rows[t] @ gate[e]
+        hidden = jnp.asarray((g / (1 + np.exp(-g)) * (rows[t] @ up[e]))[None], "float32")
+        y[t] += float(weights[t, a]) * (stands_for(fp8.quantize_rows(hidden))[0] @ down[e])
+    return y
+
+
+@pytest.mark.parametrize("at_once", [None, 7])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_experts_equal_a_loop_over_tokens(implementation, at_once):
+    inputs = layer_and_choices()
+    want = by_token(*inputs)
+    # a hidden number next to the middle of two of e4m3 may go to the other one: 1/16 of it, of 130 in a sum
+    np.testing.assert_allclose(mlp(*inputs, at_once, implementation), want, atol=5e-3 * np.abs(want).max())
+    close = np.abs(np.asarray(mlp(*inputs, at_once, implementation)) - want) < 1e-5 * np.abs(want).max()
+    assert close.mean() > 0.8
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 8), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
 def test_any_group_sizes(sizes, seed):
@@ -126,6 +170,12 @@ def test_zeros_stay_zeros_and_nan_stays_in_its_row():
         (lambda x, w: fp8.grouped_matmul(x, jax.tree.map(lambda z: z[None], w), jnp.zeros(1)), "must be integers"),
         (lambda x, w: fp8.quantize(x[0]), "quantize_rows"),
         (lambda x, w: fp8.matmul(x, w, implementation="gpu"), "known: reference, xla, tpu"),
+        (lambda x, w: mlp(x, (w, w, w), *layer_and_choices()[2:]), r"expert_mlp, gate: .* \[E, D, M\]"),
+        (lambda x, w: mlp(*layer_and_choices()[:2], *layer_and_choices(3)[2:]), r"must both be \[X, A\]"),
+        (
+            lambda x, w: mlp(*narrow(), *layer_and_choices()[2:]),
+            r"gate \(5, 140, 7\) .* must be \[E, D, M\], down \(4, 7, 140\)",
+        ),
     ],
 )
 def test_bad_input_names_the_rule(call, words):

@@ -20,7 +20,7 @@ def test_eight_devices_sample_and_learn_as_one():
     fake_devices.run(__file__)
 
 
-def on(**sizes: int):
+def on(in_8_bits: bool = False, **sizes: int):
     """(ids and log-probabilities of each turn, metrics of two policy steps on them) over a mesh."""
     from glm_jax import config, losses, mesh, model
     from glm_jax.optim import optimizer
@@ -39,7 +39,7 @@ def on(**sizes: int):
     with jax.set_mesh(here):
         now = state.create(cfg, tx, 0)
         rows = len(TURNS[0])
-        session = Session(cfg, prepare(cfg, now.params), now.router_bias_LE, range(rows), 32)
+        session = Session(cfg, prepare(cfg, now.params, in_8_bits), now.router_bias_LE, range(rows), 32)
         engine.SHARED_TOKENS = len(BEGINNING)
         said = [session.turn(given, Sampling(max_new_tokens=6, seed=3)) for given in TURNS]
         assert session._cache is not None and session._cache.shared_tokens == len(BEGINNING)
@@ -90,4 +90,12 @@ if __name__ == "__main__":
     for first in (told[0], told_by_8[0]):  # sampler and trainer agree on either mesh
         assert first["mismatch_max"] <= 5e-5 and first["mismatch_sum"] / first["sampled_tokens"] <= 5e-6
         assert first["k3_sum"] / first["sampled_tokens"] <= 1e-10 and first["clipped_sum"] == 0
+    (drawn, told_in_8), (drawn_by_8, told_in_8_by_8) = on(True, fsdp=1), on(True, fsdp=2, expert=4)
+    for one, eight in zip(itertools.chain(*drawn), itertools.chain(*drawn_by_8), strict=True):
+        if one:
+            # a number next to the middle of two may be rounded to either
+            np.testing.assert_allclose(eight[1][:1], one[1][:1], atol=0.02)
+    one, eight = (first["mismatch_sum"] / first["sampled_tokens"] for (first, *_) in (told_in_8, told_in_8_by_8))
+    np.testing.assert_allclose(eight, one, rtol=0.05)
+    assert 1e-3 < one < 0.3
     assert told[1]["loss"] < told[0]["loss"] - 1e-3 and told[1]["mismatch_max"] > 1e-3, told  # and the step moved it

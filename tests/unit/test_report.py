@@ -43,9 +43,9 @@ def a_run_folder(folder: Path, run: Run, stages: int = 3) -> Path:
 
 
 def _step(run: Run, rng: np.random.Generator, planned, i: int) -> dict:
-    skew = np.where(np.arange(run.model.E) == 0, 0.5 + 2 * math.exp(-planned.tokens_before / 2e5), 1.0)
+    skew = np.where(np.arange(run.model.E) == 0, 0.5 + 2 * math.exp(-planned.tokens_before / 5e4), 1.0)
     load_LE = rng.poisson(planned.tokens * skew / run.model.E, (run.model.router_rows, run.model.E))
-    loss = 3 + 4 * math.exp(-planned.tokens_before / 1e5) + 0.1 * rng.standard_normal()
+    loss = 3 + 4 * math.exp(-planned.tokens_before / 5e4) + 0.1 * rng.standard_normal()
     seen = planned.tokens_before + planned.tokens
     record = {
         "kind": "step",

@@ -660,6 +660,16 @@ def test_a_run_of_rl_that_is_interrupted_ends_in_the_same_bits(start, monkeypatc
     assert result["mismatch"]["mismatch_max"] <= 5e-5  # rl.md section 4: float32, the same forward
 
 
+@pytest.mark.slow
+def test_rollouts_in_8_bits_are_trained_on_by_their_own_log_probabilities(start):
+    run, settings, folder = start
+    settings = dataclasses.replace(settings, rollouts_in_8_bits=True, steps=2)
+    result = grpo.train(run, settings, [("lottery", 1)], folder.parent / "rl", folder)
+    assert 1e-4 < result["mismatch"]["mismatch_mean"] < 0.1 and result["mismatch"]["k3"] < 2e-2  # rl.md section 4
+    before, after = (checkpoint.load_params(path)[1] for path in (folder, folder.parent / "rl"))
+    assert {w.dtype for w in jax.tree.leaves(after)} == {w.dtype for w in jax.tree.leaves(before)}
+
+
 def test_a_mistyped_command_changes_nothing_that_is_there(start):
     run, settings, folder = start
     before = (folder / "run.json").read_bytes()

@@ -10,6 +10,8 @@ from glm_jax.config import ConfigError, Mesh, Model
 from glm_jax.sample import engine
 from glm_jax.sample.draw import draw, keys, nucleus
 from glm_jax.sample.engine import Sampling, generate
+from glm_jax.sample.weights import as_declared, prepare
+from pallas_kernels.fp8 import Quantized, dequantize
 
 CFG = Model(
     V=40, D=16, L=2, dense_layers=1, N=2, K=1, H=8, F=16, M=8, E=4, A=2, max_positions=64, rope_theta=1e4,
@@ -329,3 +331,50 @@ def test_a_model_of_dense_layers_alone_is_sampled_on_a_mesh():
         done = session.turn([[1, 2, 3], [4]], GREEDY)
         assert [len(one.ids) for one in done if one] == [6, 6]
         assert [taken.shape for taken in session.experts()] == [(8, 0, CFG.A), (6, 0, CFG.A)]
+
+
+def test_in_8_bits_it_draws_what_a_whole_forward_of_the_same_weights_does(weights):
+    """A token's rounding is its own, whatever is computed beside it; embedding, output matrix and router keep their bits."""
+    params, router_bias_LE = weights
+    held = prepare(CFG, params, in_8_bits=True)
+    done = generate(CFG, held, router_bias_LE, PROMPTS, settings=Sampling(temperature=0, max_new_tokens=6))
+    whole = jax.jit(lambda ids_BT: model.forward(CFG, as_declared(CFG, held), router_bias_LE, ids_BT)[0])
+    for prompt, completion in zip(PROMPTS, done, strict=True):
+        ids = [*prompt, *completion.ids]
+        padded_BT = np.zeros((1, 16), np.int32)
+        padded_BT[0, : len(ids)] = ids
+        logp_TV = jax.nn.log_softmax(whole(padded_BT)[0])[len(prompt) - 1 : len(ids) - 1]
+        np.testing.assert_allclose(completion.logprobs, logp_TV[np.arange(6), completion.ids], atol=1e-4)
+
+
+def test_weights_of_8_bits_are_the_layers_matrices(weights):
+    held, plain = (prepare(CFG, weights[0], in_8_bits) for in_8_bits in (True, False))
+    plain = as_declared(CFG, plain)
+
+    def kept(path, w):
+        name = jax.tree_util.keystr(path)
+        matrix = any(part in name for part in ("attention.", "ffn.")) and not any(
+            part in name for part in ("norm", "bias", "router")
+        )
+        assert isinstance(w, Quantized) == matrix, name
+
+    held = as_declared(CFG, held)
+    jax.tree_util.tree_map_with_path(kept, held, is_leaf=lambda z: isinstance(z, Quantized))
+    (layer, *_), (declared, *_) = held.moe, plain.moe
+    for one, w in (
+        (layer.ffn.gate_EDM, declared.ffn.gate_EDM),
+        (layer.ffn.down_EMD, declared.ffn.down_EMD),
+        (as_matrix(layer.attention.q_DNH, CFG.D, -1), declared.attention.q_DNH.reshape(CFG.D, -1)),
+        (as_matrix(layer.attention.o_NHD, -1, CFG.D), declared.attention.o_NHD.reshape(-1, CFG.D)),
+    ):
+        np.testing.assert_allclose(dequantize(one), w, atol=2**-4 * np.abs(w).max())
+
+
+def as_matrix(w, *shape):
+    return Quantized(w.value.reshape(shape), w.scale)
+
+
+def test_weights_of_8_bits_are_not_split_along_tensor(weights):
+    axes = mesh.abstract(Mesh(fsdp=1, tensor=2))
+    with jax.sharding.use_abstract_mesh(axes), pytest.raises(ConfigError, match=r"mesh\.tensor=2"):
+        prepare(CFG, weights[0], in_8_bits=True)
