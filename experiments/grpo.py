@@ -131,7 +131,14 @@ class Learner:
                 told = self.learn(found)
                 self.step += 1
                 self.seconds = time.monotonic() - begun
+                told |= {"rollouts_in_8_bits": True} if settings.rollouts_in_8_bits else {}
                 self.log.step({"step": self.step, **found.told(), **told, "seconds": round(self.seconds, 3)}, self.step)
+                if told["k3"] > MOST_K3:
+                    self.log.event("alarm", self.step, k3=told["k3"], most=MOST_K3)
+                    print(
+                        f"{self.out}: step {self.step}: k3={told['k3']:.2g} between sampler and trainer, above {MOST_K3}",
+                        flush=True,
+                    )
                 stop = asked()
                 if stop or self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                     self.save()
@@ -185,7 +192,7 @@ class Learner:
             self.room *= 2  # another program is compiled
         lr = s.peak_lr * min(1.0, (self.step + 1) / max(1, s.warmup_steps))
         knobs = Knobs(jnp.float32(lr), jnp.float32(0), jnp.float32(0), jnp.int32(len(micro)))  # the router bias stays
-        sampled = Sampled((s.clip_low, s.clip_high), s.temperature)
+        sampled = Sampled((s.clip_low, s.clip_high), s.temperature, s.clip_c)
         self.state, fetched = train_step(
             self.state, stacked(micro, self.room), knobs, cfg=self.cfg, tx=self.tx, policy=sampled
         )
@@ -227,6 +234,7 @@ class Learner:
 
 FRESH_SEED = 10**7  # of the first task: far beyond those that the cold start has seen, which it knows by heart
 MISMATCH = ("mismatch_mean", "mismatch_max", "k3")
+MOST_K3 = 2e-2  # of sampler and trainer, however few bits the sampler has: beyond, something is wrong
 
 
 def as_stage(run: Run, settings: GRPO, rope_theta: float) -> Run:

@@ -17,6 +17,7 @@ class Policy:
 
     clip: tuple[float, float] = (0.2, 0.28)
     temperature: float = 1.0
+    clip_c: float = 0.0  # that no ratio counts beyond (dual clip); 0: none
 
 
 def next_token(
@@ -43,13 +44,14 @@ def policy_gradient(
     """GRPO's clipped surrogate without KL (spec section 8): (sum of weight * loss, log-probability of each target).
 
     loss = -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_prob - old_log_prob), (low, high) the policy's
-    clip, and logits divided by its temperature. Divide the sum by the weights' global sum: weights of 1
-    give the token-weighted mean, of 1/|y| the mean over sequences.
+    clip, r at most its clip_c where it has one, and logits divided by its temperature. Divide the sum by the weights' global
+    sum: weights of 1 give the token-weighted mean, of 1/|y| the mean over sequences.
     """
     low, high = policy.clip
 
     def token_loss(log_prob_X, weights_X, advantages_X, old_X):
         ratio_X = jnp.exp(jnp.where(weights_X != 0, log_prob_X - old_X, 0))
+        ratio_X = jnp.minimum(ratio_X, policy.clip_c) if policy.clip_c else ratio_X
         clipped_X = jnp.clip(ratio_X, 1 - low, 1 + high)
         return -weights_X * jnp.minimum(ratio_X * advantages_X, clipped_X * advantages_X)
 

@@ -4,10 +4,10 @@ The report names the methods and keeps most numbers to itself (spec section 8 an
 DeepDive's, from the same laboratory, for a large model; a miniature's recipe changes them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from glm_jax.config.functions import check_choices, require
+from glm_jax.config.functions import SILENT_AT_DEFAULT, check_choices, require
 from glm_jax.config.pretrain import Optim
 
 
@@ -68,7 +68,9 @@ class GRPO:
     clip_high: float = 0.28
     std_normalize: bool = False  # advantages divided by the group's standard deviation
     aggregate: Literal["token", "sequence"] = "token"  # mean over tokens, or over answers of each one's mean
-    rollouts_in_8_bits: bool = False  # answers are drawn with FP8 matrices; ratios are to their policy
+    clip_c: float = field(default=0.0, metadata=SILENT_AT_DEFAULT)  # no ratio counts for more (dual clip); 0: none
+    # answers are drawn with FP8 matrices, and ratios are to that policy
+    rollouts_in_8_bits: bool = field(default=False, metadata=SILENT_AT_DEFAULT)
     routing_replay: bool = True  # training takes the experts that sampling took: near-ties would differ, and the ratios
     updates: int = 1  # optimizer steps on the answers of one sampling
     hard_share: float = 0.25  # last share of the steps, on problems with pass@k = 0 and pass@K > 0; 0: no second stage
@@ -97,6 +99,14 @@ class GRPO:
         require(0 <= self.thinking_share <= 1, f"thinking_share={self.thinking_share} must lie in 0..1")
         require(0 < self.clip_low < 1, f"clip_low={self.clip_low} must lie in (0, 1)")
         require(self.clip_high > 0, f"clip_high={self.clip_high} must be positive")
+        require(
+            self.clip_c == 0 or self.clip_c > 1 + self.clip_high,
+            f"clip_c={self.clip_c} must lie above 1 + clip_high={1 + self.clip_high}, or be 0 for none",
+        )
+        require(
+            self.clip_c > 0 or not self.rollouts_in_8_bits,
+            "rollouts_in_8_bits without clip_c: a token that 8 bits made likelier than it is would count for any ratio; set clip_c=2",
+        )
         require(0 <= self.hard_share < 1, f"hard_share={self.hard_share} must lie in [0, 1)")
         require(
             self.hard_attempts >= self.group_size,

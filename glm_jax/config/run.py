@@ -29,6 +29,13 @@ class Run:
     def __post_init__(self):
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"stage names {names} must differ")
+        in_8_bits = any(
+            rl.rollouts_in_8_bits for rl in (*(one.grpo for one in self.post.experts), self.post.unify.grpo)
+        )
+        require(
+            self.mesh.tensor == 1 or not in_8_bits,
+            f"mesh.tensor={self.mesh.tensor} would split the blocks of rollouts_in_8_bits; use mesh.expert or mesh.fsdp instead",
+        )
         for stage in self.stages:
             require(
                 stage.seq_len <= self.model.max_positions,

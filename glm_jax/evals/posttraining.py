@@ -161,8 +161,8 @@ def _share(story: Story, name: str, level: int) -> dict[str, float]:
 
 
 def _mismatch(trained: Sequence[Trained]) -> dict[str, float]:
-    """Sampler against trainer: the worst step of every RL run."""
-    steps = [step for each in trained if each.is_rl for step in each.steps]
+    """Sampler against trainer: the worst step of every RL run in which both compute with the same bits."""
+    steps = [step for each in trained if each.is_rl for step in each.steps if not step.get("rollouts_in_8_bits")]
     return {name: max(step[field] for step in steps) for name, field in MISMATCH.items()} if steps else {}
 
 

@@ -103,7 +103,7 @@ def _reward(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
 
 def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
     """Means drawn through, greatest values dashed, and the two bounds."""
-    least = MOST_MISMATCH["mean"]
+    least, most = MOST_MISMATCH["mean"], 4 * MOST_MISMATCH["max"]
     for each in rl:
         steps = [step for step in each.steps if step["groups_varying"]]
         if not steps:
@@ -111,7 +111,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
         x = np.array([step["step"] for step in steps], float)
         for field, style in (("mismatch_mean", "-"), ("mismatch_max", (0, (4, 2)))):
             y = np.maximum([step[field] for step in steps], LEAST_MISMATCH)
-            least, label = min(least, *y), each.label if style == "-" else None
+            least, most, label = min(least, *y), max(most, *(2 * y)), each.label if style == "-" else None
             ax.plot(*thin(x, y), color=_colour(each, story), linewidth=1, linestyle=style, label=label)
     ax.set_yscale("log")
     for name in ("mean", "max"):
@@ -120,7 +120,7 @@ def _mismatch(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
             1, MOST_MISMATCH[name], f"bound of the {name}", transform=ax.get_yaxis_transform(), ha="right", va="bottom",
             fontsize=7.5, color=MUTED,
         )  # fmt: skip
-    ax.set_ylim(least / 10, 4 * MOST_MISMATCH["max"])  # room for the legend below
+    ax.set_ylim(least / 10, most)  # room for the legend below
     _legend(ax, loc="lower right")
 
 

@@ -20,9 +20,10 @@ from glm_jax import mesh
 from glm_jax.parallel import collectives, exchange, gather, ragged
 from glm_jax.parallel.products import ROOM, Layer, Products, Tokens
 from pallas_kernels.choose import platform
+from pallas_kernels.fp8 import Quantized
 
 STRATEGIES = {"gather": gather, "ragged": ragged}
-# Of a chunk on a device, balanced. On a CPU they are never stored.
+# Of a chunk on a device, balanced. On a CPU they are never stored, but for weights of 8 bits: those go by a GPU's.
 ROUTED_ROWS = {"cpu": 2**24, "tpu": 2**13, "gpu": 2**15}
 RAGGED_ABOVE = 8  # devices of the expert axis: with fewer, gathered tokens are hardly more, and never unbalanced
 FEW = 256  # tokens of a device, which cost no more than a message: a sampler's
@@ -32,9 +33,9 @@ def routed_experts(
     x_BTD: Array,
     experts_BTA: Array,
     weights_BTA: Array,
-    gate_EDM: Array,
-    up_EDM: Array,
-    down_EMD: Array,
+    gate_EDM: Array | Quantized,
+    up_EDM: Array | Quantized,
+    down_EMD: Array | Quantized,
     implementation: str | None = None,
     dispatch: str | None = None,
 ) -> Array:
@@ -61,9 +62,9 @@ def _local(
     x_BTD: Array,
     experts_BTA: Array,
     weights_BTA: Array,
-    gate_EDM: Array,
-    up_EDM: Array,
-    down_EMD: Array,
+    gate_EDM: Array | Quantized,
+    up_EDM: Array | Quantized,
+    down_EMD: Array | Quantized,
 ) -> Array:
     layer = gate_EDM, up_EDM, down_EMD
     if mesh.active():
@@ -78,7 +79,8 @@ def _local(
     tokens_BT = x_BTD, experts_BTA, weights_BTA
     x_XD, experts_XA, weights_XA = (collectives.copied(z.reshape(-1, z.shape[-1])) for z in tokens_BT)
     (implementation, dispatch), axis = how, mesh.axis_size(mesh.EXPERT)
-    chunks, room = pieces(len(x_XD), experts_XA.shape[-1], axis, platform())
+    storing = "gpu" if isinstance(layer[0], Quantized) and platform() == "cpu" else platform()
+    chunks, room = pieces(len(x_XD), experts_XA.shape[-1], axis, storing)
     products, by = Products(room, implementation), strategy(dispatch, len(x_XD), axis, platform())
     if chunks == 1 and by is gather:  # which jax differentiates, with more kept
         return collectives.summed(by.forward(products, layer, (x_XD, experts_XA, weights_XA)).reshape(x_BTD.shape))

@@ -9,7 +9,7 @@ from pallas_kernels import fp8
 from pallas_kernels.fp8 import Quantized
 from pallas_kernels.grouped_matmul import expert_mlp, expert_mlp_grad
 
-Layer = tuple[Any, Any, Any]  # gate_EDM, up_EDM, down_EMD: arrays, and in a sampler perhaps `Quantized`
+Layer = tuple[Any, Any, Any]  # gate_EDM, up_EDM, down_EMD: arrays, or a sampler's `Quantized`
 Tokens = tuple[Array, Array, Array]  # x_XD, experts_XA, weights_XA; of many chunks [chunks, X, ...]
 
 ROOM = 1.25  # for how many times as many rows as there are on average

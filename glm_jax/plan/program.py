@@ -64,7 +64,7 @@ def _training(now: Work) -> jax.stages.Traced:
     tx = optimizer(now.run.optim, model.specs(cfg))
     how: dict[str, Any] = {"sequence_balance": now.run.loss.sequence_balance}
     if now.step == "grpo":
-        how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature)}
+        how = {"policy": Policy((grpo.clip_low, grpo.clip_high), grpo.temperature, grpo.clip_c)}
     return train_step.trace(state.abstract(cfg, tx), _batch(now), _knobs(), cfg=cfg, tx=tx, **how)
 
 

@@ -30,7 +30,7 @@ def prepare(cfg: Model, params: model.GLM, in_8_bits: bool = False) -> model.GLM
     """Parameters as decoding reads them: layer by layer, in the model's dtype, without the MTP layer. For `Session` and `generate`
     alone; these do it themselves, and who calls them often with the same parameters does it once and passes the result.
 
-    `in_8_bits`: the layers' matrices as `pallas_kernels.fp8` has them (spec section 11: FP8 rollouts of a model trained in BF16).
+    `in_8_bits`: the layers' matrices as `pallas_kernels.fp8` has them (report, section 3.5; spec section 11: FP8 rollouts, BF16 training).
     ConfigError for these on a tensor axis: a block's scale would lie on two devices.
     """
     if in_8_bits and mesh.axis_size(mesh.TENSOR) > 1:

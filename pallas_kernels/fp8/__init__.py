@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.choose import choose
 from pallas_kernels.fp8 import experts, reference, tpu, xla
 from pallas_kernels.fp8.blocks import BLOCK, E4M3, LARGEST, Quantized, dequantize, quantize, quantize_rows
+from pallas_kernels.grouped_matmul import check_mlp
 
 __all__ = [
     "BLOCK",
@@ -65,20 +66,10 @@ def expert_mlp(
 ) -> Float[Array, "X D"]:
     """`pallas_kernels.grouped_matmul.expert_mlp` with weights of 8 bits: a token's row is quantised once for all its experts, and
     the hidden layer before the last product. Sums and SwiGLU are float32. Raises ValueError for shapes or dtypes that do not fit."""
-    for name, x_shape, w in (
-        ("gate", x_XD.shape, gate),
-        ("up", x_XD.shape, up),
-        ("down", (0, up.value.shape[-1]), down),
-    ):
-        _check(f"expert_mlp, {name}", jax.ShapeDtypeStruct(x_shape, x_XD.dtype), w, 3)
-    if experts_XA.ndim != 2 or experts_XA.shape != weights_XA.shape or len(experts_XA) != len(x_XD):
-        raise ValueError(
-            f"fp8.expert_mlp: experts {experts_XA.shape} and weights {weights_XA.shape} must both be [X, A] of x {x_XD.shape}"
-        )
-    if not gate.value.shape == up.value.shape == down.value.swapaxes(1, 2).shape:
-        raise ValueError(
-            f"fp8.expert_mlp: gate {gate.value.shape} and up {up.value.shape} must be [E, D, M], down {down.value.shape} [E, M, D]"
-        )
+    check_mlp(x_XD, gate.value, up.value, down.value, experts_XA, weights_XA, at_once)
+    hidden = jax.ShapeDtypeStruct((len(x_XD), gate.value.shape[2]), x_XD.dtype)
+    for name, x, w in (("gate", x_XD, gate), ("up", x_XD, up), ("down", hidden, down)):
+        _check(f"expert_mlp, {name}", x, w, 3)
     module = choose("fp8.expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate.value)
     return experts.expert_mlp(module, x_XD, (gate, up, down), experts_XA.astype(jnp.int32), weights_XA, at_once)
 

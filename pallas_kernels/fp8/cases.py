@@ -19,6 +19,7 @@ CASES = {
     "edges": Case(5, 200, 130, tags=TEST),  # blocks that the matrix ends in
     "narrow": Case(1, 24, 16, tags=TEST),
     "lanes": Case(40, 256, 384, tags=TEST),  # of widths that a TPU takes
+    "lanes_odd": Case(24, 384, 384, tags=TEST),
     "groups": Case(30, 140, 24, (0, 17, 1, 0, 5), TEST),
     "groups_empty": Case(6, 16, 16, (0, 0), TEST),
     "lanes_groups": Case(300, 128, 256, (0, 130, 1, 0, 140), TEST),

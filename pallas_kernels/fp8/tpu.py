@@ -48,9 +48,8 @@ def grouped_matmul(x: Quantized, w: Quantized, group_sizes_E: Array, dtype) -> A
     tile = min(TILE, pl.cdiv(rows, SUBLANES) * SUBLANES)
     width = _width(D, M)
     walk = visits(group_sizes_E, rows, tile, tail=True)
-    scale_EC1M = jnp.repeat(w.scale, BLOCK, 2)[
-        :, :, None
-    ]  # a column's in its lane; a row is found by an address of its own
+    # A column's in its lane. A row of 128 lanes cannot be picked by a computed number among eight of a tile: each has a tile.
+    scale_EC1M = jnp.repeat(w.scale, BLOCK, 2)[:, :, None]
     widen, ordered = (_widened, _even_first) if by_words() else (_converted, jnp.asarray)
     return pl.pallas_call(
         partial(_kernel, groups=E, widen=widen),

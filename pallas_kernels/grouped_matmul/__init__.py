@@ -89,7 +89,7 @@ def expert_mlp(
     but the inputs is kept.
     Differentiable in all but `experts_XA`. Raises ValueError for shapes that do not fit.
     """
-    _check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, at_once)
+    check_mlp(x_XD, gate_EDM, up_EDM, down_EMD, experts_XA, weights_XA, at_once)
     experts_XA = experts_XA.astype(jnp.int32)
     module = choose("expert_mlp", IMPLEMENTATIONS, implementation, x_XD, gate_EDM)
     if module is reference:
@@ -117,7 +117,7 @@ def expert_mlp_grad(
 
     Raises ValueError for shapes that do not fit.
     """
-    _check_mlp(x_XD, *layer, experts_XA, weights_XA, at_once)
+    check_mlp(x_XD, *layer, experts_XA, weights_XA, at_once)
     shapes = tuple(w.shape for w in layer)
     if dy_XD.shape != x_XD.shape or tuple(s.shape for s in sums) != shapes:
         raise ValueError(
@@ -202,9 +202,10 @@ def _check_sizes(name: str, group_sizes_E: Array) -> None:
         )
 
 
-def _check_mlp(
+def check_mlp(
     x: Array, gate: Array, up: Array, down: Array, experts: Array, weights: Array, at_once: int | None
 ) -> None:
+    """ValueError for what is no layer of experts with its tokens and choices."""
     if at_once is not None and at_once < 1:
         raise ValueError(f"expert_mlp: at_once={at_once} must be at least 1; None stores all routed rows")
     shapes = f"x {x.shape}, gate {gate.shape}, up {up.shape}, down {down.shape}, experts {experts.shape}, weights {weights.shape}"

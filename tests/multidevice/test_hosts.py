@@ -49,7 +49,7 @@ def test_each_process_gives_the_rows_of_its_devices(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """To 1e-6 of the loss, for collectives between processes sum in another order; and again to the same bits."""
+    """To 1e-6 of the loss, for collectives between processes sum in another order; and twice to the same bits."""
     for name, count in (("one", 1), ("two", 2)):
         processes(count, 8 // count, __file__, "train", str(tmp_path / f"{name}.npz"))
     one, two = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("one", "two"))

@@ -203,3 +203,19 @@ def test_tokens_before_a_stage(tiny):
 
 def _stage(**changes) -> Stage:
     return Stage(**{"name": "s", "tokens": 1024, "seq_len": 64, "rope_theta": 1e4, "microbatch_rows": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"post.unify.grpo.rollouts_in_8_bits": True}, "set clip_c=2"),
+        ({"post.unify.grpo.clip_c": 1.2}, r"clip_c=1.2 must lie above 1 \+ clip_high=1.28"),
+        (
+            {"post.unify.grpo.rollouts_in_8_bits": True, "post.unify.grpo.clip_c": 2.0, "mesh.tensor": 2},
+            r"mesh.tensor=2 would split .* use mesh.expert or mesh.fsdp",
+        ),
+    ],
+)
+def test_rollouts_in_8_bits_that_would_not_train_well(tiny, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        replace(tiny, **changes)

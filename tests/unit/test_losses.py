@@ -1,5 +1,7 @@
 """Losses on arrays: GRPO's surrogate beside its formula written out."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,18 @@ def test_beyond_the_clip_a_token_has_no_gradient_unless_it_was_made_worse():
     gradient_BTD = jax.grad(surrogate)(HIDDEN, old_BT)
     moved_BT = jnp.any(gradient_BTD != 0, axis=-1)
     np.testing.assert_array_equal(moved_BT, [[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]])
+
+
+def test_no_ratio_counts_beyond_clip_c():
+    """The one token made worse by a ratio of e^0.7 counts as much as at 1.5, and has no gradient; the others are as they were."""
+    away_BT = jnp.asarray([[0, 0.3, -0.3, 0, 0, 0], [0.7, -0.3, 0, 0, 0, 0]], jnp.float32)
+    old_BT = log_probs(HIDDEN) - away_BT
+    free, held = (jax.value_and_grad(surrogate)(HIDDEN, old_BT, clip_c=c) for c in (0.0, 1.5))
+    worse = WEIGHTS[1, 0] * ADVANTAGES[1, 0]
+    np.testing.assert_allclose(held[0] - free[0], worse * (math.exp(0.7) - 1.5), rtol=1e-4)
+    np.testing.assert_array_equal(held[1][1, 0], 0)
+    assert worse < 0 and jnp.any(free[1][1, 0] != 0)
+    np.testing.assert_array_equal(held[1][0], free[1][0])
 
 
 def test_on_policy_the_gradient_is_advantage_weighted_likelihood():

@@ -131,6 +131,18 @@ def _sft_log(first: float) -> list[dict]:
     return [{"kind": "eval", **record} for record in losses]
 
 
+def test_rollouts_in_8_bits_are_not_judged_by_what_equal_bits_reach(tmp_path, run):
+    run = replace(run, **{"post.experts": (Expert("reasoning"), Expert("agent"))})
+    folder = a_run_folder(tmp_path, run)
+    post_train(folder)
+    for log in folder.rglob("rl*/log.jsonl"):
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        steps = [step | ({"rollouts_in_8_bits": True} if "reward" in step else {}) for step in steps]
+        log.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    after = report.write(folder)
+    assert "mismatch" not in after and after["experts"]
+
+
 def _rl_log(number: int) -> list[dict]:
     """Thirty steps; the mismatch grows with `number`, and step 5 had nothing to learn from."""
     rng, log = np.random.default_rng(number), []
