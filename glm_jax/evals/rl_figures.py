@@ -88,7 +88,7 @@ def _varying(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
         shares = np.array([step["groups_varying"] / step["groups"] for step in each.steps])
         _smoothed(ax, each, story, each.steps, shares)
     ax.set_ylim(0, 1)
-    ax.legend(ncols=2)
+    _legend(ax)
 
 
 def _reward(ax: Axes, rl: Sequence[Trained], story: Story) -> None:
@@ -137,7 +137,7 @@ def _validation(ax: Axes, tuned: Sequence[Trained], story: Story) -> None:
         style: Any = (0, (3, 2)) if more else "-"
         ax.plot(x, y, color=_colour(each, story), marker="o", markersize=3, linestyle=style, label=each.label)
     ax.set_ylim(bottom=0)
-    ax.legend(ncols=2)
+    _legend(ax)
 
 
 def _bought(story: Story) -> str:
